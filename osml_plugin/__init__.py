@@ -1,0 +1,26 @@
+"""Open-set metric learning on top of pytorch-metric-learning."""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+UNKNOWN = -1
+"""The label of everything that is not a known class, everywhere in this package."""
+
+# Resolved on first use, so that `import osml_plugin` and `osml --help` do not wait for torch.
+_HOME = {
+    "OsmlError": ".errors",
+}
+__all__ = ["UNKNOWN", "__version__", *_HOME]
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

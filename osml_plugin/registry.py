@@ -1,0 +1,50 @@
+"""Classes found by name: `class KNN(Detector, name="knn")` registers itself, `create("knn", k=5)` makes one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Generic, TypeVar
+
+from .errors import OsmlError, unknown_name
+
+T = TypeVar("T")
+
+
+def check_arguments(kind: str, name: str, given: Iterable[str], allowed: Iterable[str]) -> None:
+    """Raise the error for the first argument of `name` that it does not take."""
+    allowed = list(allowed)
+    for argument in given:
+        if argument not in allowed:
+            if not allowed:
+                raise OsmlError(f"{kind} '{name}' takes no arguments, but was given '{argument}'")
+            raise unknown_name(f"argument of {kind} '{name}'", argument, allowed)
+
+
+class Registry(Generic[T]):
+    """Named classes of one kind."""
+
+    def __init__(self, kind: str):
+        self.kind = kind
+        self._classes: dict[str, type[T]] = {}
+
+    def add(self, name: str, cls: type[T]) -> None:
+        if name in self._classes:
+            raise RuntimeError(f"two classes for {self.kind} '{name}': {self._classes[name]} and {cls}")
+        self._classes[name] = cls
+
+    def names(self) -> list[str]:
+        return sorted(self._classes)
+
+    def get(self, name: str) -> type[T]:
+        if name not in self._classes:
+            raise unknown_name(self.kind, name, self._classes)
+        return self._classes[name]
+
+    def parameters(self, name: str) -> list[str]:
+        return [p for p in inspect.signature(self.get(name).__init__).parameters if p != "self"]
+
+    def create(self, name: str, **params) -> T:
+        cls = self.get(name)
+        check_arguments(self.kind, name, params, self.parameters(name))
+        return cls(**params)
