@@ -11,7 +11,19 @@ UNKNOWN = -1
 
 # Resolved on first use, so that `import osml_plugin` and `osml --help` do not wait for torch.
 _HOME = {
+    "OpenSetAccuracyCalculator": ".metrics.accuracy_calculator",
+    "OpenSetHook": ".hooks",
+    "OpenSetInferenceModel": ".inference",
+    "OpenSetRecognizer": ".recognizer",
     "OsmlError": ".errors",
+    "Recognition": ".recognizer",
+    "discover": ".commands",
+    "embed": ".commands",
+    "enroll": ".commands",
+    "evaluate": ".commands",
+    "forget": ".commands",
+    "predict": ".commands",
+    "train": ".commands",
 }
 __all__ = ["UNKNOWN", "__version__", *_HOME]
 

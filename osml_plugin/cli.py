@@ -1,0 +1,410 @@
+"""`osml`: the commands, thin over `osml_plugin.commands`; results on standard output, progress and notices on error."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import __version__
+from .errors import OsmlError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Open-set recognition: recognise the known, reject and group the unknown, learn new classes without training.",
+)
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A bundle, as `osml train --out` writes it.")]
+Data = Annotated[
+    Path,
+    typer.Option(
+        metavar="DIR",
+        help="DIR/<class>/* or DIR/train/<class>/* + DIR/test/<class>/*; a CSV or Parquet manifest "
+        "(path,label[,role]); or an embeddings file (.npz, .safetensors).",
+    ),
+]
+SplitFile = Annotated[
+    Path | None,
+    typer.Option("--split", metavar="FILE", help='JSON {"known": […], "pseudo_unknown": […], "unknown": […]}.'),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read.")]
+Trust = Annotated[
+    list[str] | None,
+    typer.Option("--trust-factory", metavar="PACKAGE.MODULE:FACTORY", help="Trunk code that the bundle may run."),
+]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit()
+
+
+@app.command()
+def train(
+    data: Data,
+    out: Annotated[Path, typer.Option(metavar="BUNDLE", help="Where to write the recogniser.")],
+    split: SplitFile = None,
+    n_known: Annotated[
+        int | None, typer.Option(help="How many classes to draw as known, where no split is given.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the draw and of the training.  [default: 0]")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Share of known items that may be rejected.  [default: 0.05]")
+    ] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="A YAML configuration.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One value of it, such as loss.margin=20.")
+    ] = None,
+    skip_bad: SkipBad = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle that is there.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …  [default: cuda if there is one]")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a recogniser on known classes and choose its detector and threshold on validation.
+
+    Example: osml train --data photos --n-known 6 --seed 1 --set loss=CosFaceLoss --set training.epochs=20 --out bundle
+    """
+    from . import commands
+
+    result = commands.train(
+        data,
+        out,
+        split=split,
+        n_known=n_known,
+        seed=seed,
+        config=config,
+        overrides=overrides or [],
+        alpha=alpha,
+        skip_bad=skip_bad,
+        overwrite=overwrite,
+        device=device,
+    )
+    recognizer = result.recognizer
+    best = result.candidates[0] if result.candidates else None
+    summary = {
+        "bundle": str(result.bundle),
+        "split": result.split.to_dict(),
+        "n_items": result.n_items,
+        "detector": {"name": recognizer.detector.name, **recognizer.detector.params},
+        "threshold": recognizer.threshold.state(),
+        "validation": {"oscr": best.oscr, "auroc": best.auroc} if best else None,
+        "skipped": [str(p) for p, _ in result.skipped],
+    }
+    if as_json:
+        _print_json(summary)
+        return
+    _notice_skipped(result.skipped)
+    print("split      " + json.dumps(summary["split"], ensure_ascii=False))
+    print("items      " + ", ".join(f"{n} {role}" for role, n in result.n_items.items()))
+    if best:
+        print(f"detector   {_call(recognizer.detector)}: validation OSCR {best.oscr:.3f}, AUROC {best.auroc:.3f}")
+    else:
+        print(f"detector   {_call(recognizer.detector)}: the default, as there is no pseudo-unknown class to choose by")
+    print(f"threshold  {_call(recognizer.threshold)}: τ = {recognizer.threshold.tau:.4g}")
+    if recognizer.guarantee is not None:
+        print(f"promise    {recognizer.guarantee}")
+    print(f"bundle     {result.bundle}")
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Data,
+    split: SplitFile = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Write a page with the pictures as well.")
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Another share of known items that may be rejected than the bundle's.")
+    ] = None,
+    skip_bad: SkipBad = False,
+    trust_factory: Trust = None,
+    as_json: AsJson = False,
+) -> None:
+    """Test a recogniser on what it has not seen: the known, the unknown, and the grouping of the unknown.
+
+    Example: osml evaluate bundle --data photos --json
+    """
+    from . import commands
+
+    result, items = commands.evaluate(
+        model, data, split=split, alpha=alpha, skip_bad=skip_bad, factories=trust_factory or ()
+    )
+    if report is not None:
+        from .report import write_report
+
+        write_report(report, result, paths=items.paths)
+    figures = result.to_dict()
+    if as_json:
+        _print_json(figures)
+        return
+    for name, value in figures.items():
+        if name != "discovery":
+            print(f"{name:22} {_figure(value)}")
+    for name, value in (figures["discovery"] or {}).items():
+        print(f"{'discovery.' + name:22} {_figure(value)}")
+    if report is not None:
+        print(f"{'report':22} {report}")
+
+
+@app.command()
+def predict(
+    model: Model,
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH…", help="Images, folders, or an embeddings file.")],
+    skip_bad: SkipBad = False,
+    trust_factory: Trust = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what images are: a known class, or unknown.
+
+    Example: osml predict bundle holiday/*.jpg
+    """
+    from . import commands
+
+    answer, items = commands.predict(model, paths, skip_bad=skip_bad, factories=trust_factory or ())
+    threshold = None if math.isinf(answer.threshold) else answer.threshold
+    results = []
+    for i in range(len(answer)):
+        results.append(
+            {
+                "path": str(items.paths[i]) if items.paths is not None else None,
+                "label": answer.names[i],
+                "known": answer.names[i] is not None,
+                "nearest": answer.nearest[i],
+                "score": float(answer.scores[i]),
+                "threshold": threshold,
+                "p_value": float(answer.p_values[i]) if answer.p_values is not None else None,
+                "neighbours": [n._asdict() for n in answer.neighbours[i]],
+            }
+        )
+    if as_json:
+        _print_json({"results": results})
+        return
+    for i, r in enumerate(results):
+        verdict = r["label"] if r["known"] else f"unknown (nearest: {r['nearest']})"
+        p = "" if r["p_value"] is None else f"  p {r['p_value']:.3f}"
+        print(f"{r['path'] or f'item {i}'}  {verdict}  score {r['score']:.4g}{p}")
+
+
+@app.command()
+def embed(
+    model: Model,
+    data: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of images, or a manifest.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The .npz or .safetensors file to write.")],
+    skip_bad: SkipBad = False,
+    trust_factory: Trust = None,
+) -> None:
+    """Write the embeddings of images to a file, which every other command takes in place of images.
+
+    Example: osml embed bundle photos --out photos.npz
+    """
+    from . import commands
+
+    n = commands.embed(model, data, out, skip_bad=skip_bad, factories=trust_factory or ())
+    print(f"{n} embeddings  {out}")
+
+
+@app.command()
+def discover(
+    model: Model,
+    data: Annotated[Path, typer.Argument(metavar="DIR", help="Images, with or without class folders.")],
+    n_classes: Annotated[int | None, typer.Option(help="How many classes there are, where that is known.")] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Group all items, not only those that are rejected.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the grouping.")] = 0,
+    skip_bad: SkipBad = False,
+    trust_factory: Trust = None,
+    as_json: AsJson = False,
+) -> None:
+    """Group what the recogniser rejects into the new classes that it is.
+
+    Example: osml discover bundle inbox --json
+    """
+    from . import commands
+
+    result = commands.discover(
+        model,
+        data,
+        n_classes=n_classes,
+        everything=everything,
+        seed=seed,
+        skip_bad=skip_bad,
+        factories=trust_factory or (),
+    )
+    groups, items = result.groups, result.items
+    names = [str(p) for p in items.paths] if items.paths is not None else [str(i) for i in range(len(items))]
+    members = [[i for i, g in enumerate(groups.labels) if g == group] for group in range(groups.n_classes)]
+    summary = {
+        "n_items": len(items),
+        "n_recognised": result.n_recognised,
+        "n_classes": groups.n_classes,
+        "n_classes_interval": list(groups.n_classes_interval),
+        "groups": [
+            {
+                "group": group,
+                "size": len(of),
+                "confidence": float(groups.confidence[of].mean()),
+                "exemplars": [names[i] for i in groups.exemplars[group]],
+                "members": [names[i] for i in of],
+            }
+            for group, of in enumerate(members)
+        ],
+        "left_out": [names[i] for i, g in enumerate(groups.labels) if g < 0],
+        "metrics": result.metrics.to_dict() if result.metrics else None,
+    }
+    if as_json:
+        _print_json(summary)
+        return
+    low, high = groups.n_classes_interval
+    print(f"{len(items)} items in {groups.n_classes} groups ({low} to {high} fit about as well); ", end="")
+    print(f"{result.n_recognised} recognised as known, {len(summary['left_out'])} left out")
+    for g in summary["groups"]:
+        shown = " ".join(g["exemplars"][:3])
+        print(f"group {g['group']:<4} {g['size']:>6} items  confidence {g['confidence']:.2f}  {shown}")
+    for name, value in (summary["metrics"] or {}).items():
+        print(f"{name:18} {_figure(value)}")
+
+
+@app.command()
+def enroll(
+    model: Model,
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH…", help="Images, folders, or an embeddings file.")],
+    name: Annotated[str, typer.Option(help="The class that these are.")],
+    skip_bad: SkipBad = False,
+    trust_factory: Trust = None,
+    as_json: AsJson = False,
+) -> None:
+    """Teach a recogniser a class from examples, without training; the bundle is changed in place.
+
+    Example: osml enroll bundle --name otter inbox/otter-1.jpg inbox/otter-2.jpg
+    """
+    from . import commands
+
+    recognizer = commands.enroll(model, name, paths, skip_bad=skip_bad, factories=trust_factory or ())
+    gallery = recognizer.gallery
+    n = int((gallery.labels == gallery.id_of(name)).sum())
+    _print_gallery(recognizer, as_json, f"'{name}' has {n} examples", {"name": name, "n_examples": n})
+
+
+@app.command()
+def forget(
+    model: Model,
+    name: Annotated[str, typer.Option(help="The class to drop.")],
+    trust_factory: Trust = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a recogniser forget a class; the bundle is changed in place.
+
+    Example: osml forget bundle --name otter
+    """
+    from . import commands
+
+    recognizer = commands.forget(model, name, factories=trust_factory or ())
+    _print_gallery(recognizer, as_json, f"'{name}' is forgotten", {"name": name})
+
+
+@app.command("detectors")
+def list_detectors(as_json: AsJson = False) -> None:
+    """List the detectors, what they need, and their parameters.
+
+    Example: osml detectors
+    """
+    from .detectors import registry
+
+    rows = []
+    for name in registry.names():
+        cls = registry.get(name)
+        what = _first_sentence(cls)
+        rows.append({"name": name, "needs": "class weights" if cls.needs_class_weights else "embeddings", "what": what})
+        rows[-1]["search_space"] = {k: list(v) for k, v in cls.search_space.items()}
+    if as_json:
+        _print_json({"detectors": rows})
+        return
+    for r in rows:
+        space = "; ".join(f"{k} in {v}" for k, v in r["search_space"].items())
+        print(f"{r['name']:21} needs {r['needs']:14} {r['what']}" + (f"  [{space}]" if space else ""))
+
+
+@app.command("losses")
+def list_losses(as_json: AsJson = False) -> None:
+    """List the losses and their arguments.
+
+    Example: osml losses
+    """
+    from . import pml
+
+    given = {"num_classes", "embedding_size", "descriptors_dim"}
+    rows = [
+        {"name": n, "arguments": [a for a in pml.arguments("loss", n) if a not in given]} for n in pml.names("loss")
+    ]
+    if as_json:
+        _print_json({"losses": rows})
+        return
+    for r in rows:
+        print(f"{r['name']:36} {', '.join(r['arguments'])}")
+
+
+def main() -> None:
+    """The console script: a user's mistake is one line on standard error and exit status 2."""
+    _run(app)
+
+
+def _run(command: Callable[[], Any]) -> None:
+    try:
+        command()
+    except OsmlError as error:
+        print(f"osml: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader has gone: nothing more to say
+        sys.exit(1)
+
+
+def _print_json(value: dict) -> None:
+    print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def _print_gallery(recognizer: Any, as_json: bool, what: str, fields: dict) -> None:
+    promise = str(recognizer.guarantee) if recognizer.guarantee is not None else None
+    gallery = recognizer.gallery
+    if as_json:
+        state = {"classes": gallery.class_names, "gallery_version": gallery.version, "guarantee": promise}
+        _print_json(fields | state | {"threshold": recognizer.threshold.state()["tau"]})
+        return
+    print(f"{what}; {len(gallery.classes)} classes: {', '.join(gallery.class_names)}")
+    if promise:
+        print(promise)
+
+
+def _notice_skipped(skipped: list[tuple[Path, str]]) -> None:
+    if skipped:
+        path, reason = skipped[0]
+        print(f"skipped {len(skipped)} unreadable images, the first is '{path}' ({reason})", file=sys.stderr)
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else "–" if value is None else str(value)
+
+
+def _call(part: Any) -> str:
+    return f"{part.name}({', '.join(f'{k}={v}' for k, v in part.params.items())})"
+
+
+def _first_sentence(cls: type) -> str:
+    return " ".join((cls.__doc__ or "").strip().splitlines()[0].split())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,375 @@
+"""What the command line does, as plain typed functions: paths in, results out, nothing printed but progress."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import UNKNOWN, detectors, thresholds
+from .bundle import MANIFEST, bundle_lock, load_bundle, save_bundle
+from .config import Config, load_config
+from .data import (
+    ImageSurvey,
+    Items,
+    Split,
+    TrainingRoles,
+    draw_split,
+    inspect_images,
+    open_items,
+    test_indices,
+    training_roles,
+    write_embeddings,
+)
+from .discovery import Discovery
+from .errors import OsmlError
+from .evaluation import Evaluation, evaluate_embeddings
+from .metrics import DiscoveryMetrics, discovery_metrics
+from .pml import class_weights
+from .recognizer import OpenSetRecognizer, Recognition
+from .selection import DEFAULT, Candidate, has_unknown, select_detector
+from .training import build_model, epochs, seed_everything, train_model
+from .training_data import TrainingData
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training run made."""
+
+    recognizer: OpenSetRecognizer
+    bundle: Path
+    split: Split
+    n_items: dict[str, int]
+    """Items of each data role."""
+    candidates: list[Candidate]
+    """Detectors tried on validation, best first; empty where there was nothing to choose by."""
+    history: list[dict[str, float]]
+    """Validation metrics of each epoch."""
+    skipped: list[tuple[Path, str]]
+    """Images that cannot be read, with the reason."""
+
+
+def train(
+    data: str | Path,
+    out: str | Path,
+    *,
+    split: str | Path | Split | None = None,
+    n_known: int | None = None,
+    seed: int | None = None,
+    config: str | Path | Config | None = None,
+    overrides: Iterable[str] = (),
+    alpha: float | None = None,
+    skip_bad: bool = False,
+    overwrite: bool = False,
+    device: str | None = None,
+    progress: bool = True,
+) -> TrainResult:
+    """Train on known classes, choose detector and threshold on validation, and write a bundle.
+
+    Args:
+        data: a folder of images by class, a manifest, or an embeddings file; see `osml_plugin.data.open_items`.
+        out: the bundle's folder.
+        split: which classes are known, pseudo-unknown and unknown; None = drawn by `n_known` and `seed`.
+        config: a YAML file or a `Config`; `overrides` (`loss.margin=20`), `seed` and `alpha` win over it.
+        skip_bad: leave out images that cannot be read instead of stopping.
+
+    Raises:
+        OsmlError: for bad input, before anything is trained or written.
+    """
+    out = Path(out)
+    if out.exists() and not (overwrite and (out / MANIFEST).is_file()):
+        raise OsmlError(
+            f"'{out}' exists: "
+            + ("pass --overwrite to replace the bundle" if (out / MANIFEST).is_file() else "choose another --out")
+        )
+    config = _config(config, overrides, seed, alpha)
+    items = open_items(data)
+    split = _split(split, items, n_known, config.seed)
+    items, survey = _readable(items, skip_bad, progress)
+    roles = training_roles(items, split, fractions=config.data.fractions, seed=config.seed)
+    seed_everything(config.seed)
+
+    run = TrainingData(items, split, roles, survey, config)
+    model = build_model(config, channels=run.channels, size=run.size)
+    hook = None
+    n_epochs = epochs(config, run.channels)
+    weights = None
+    if n_epochs:
+        dataset, trained = run.training_set(model, device, progress)
+        if has_unknown(run.labels(roles.validation)):
+            hook = run.hook(model, trained, config, device)
+        loss = train_model(
+            trained,
+            dataset,
+            run.labels(roles.train).tolist(),
+            config,
+            n_epochs=n_epochs,
+            workers=run.workers,
+            device=device,
+            end_of_epoch_hook=hook,
+            progress=progress,
+        )
+        if hook is not None:
+            hook.restore_best(trained)
+        weights = class_weights(loss)
+    weights = None if weights is None else weights.detach().float().cpu()
+
+    embed = {r: run.embeddings(model, getattr(roles, r), r, device, progress) for r in run.ROLES}
+    names = {r: [items.labels[i] for i in getattr(roles, r)] for r in run.ROLES}
+    candidates = _candidates(config, embed, run, roles, weights)
+    recognizer = OpenSetRecognizer(
+        detector=_chosen_detector(config, candidates),
+        threshold=_threshold(config),
+        alpha=config.alpha,
+        model=model.cpu(),
+        preprocessing=run.preprocessing,
+    )
+    recognizer.details = {
+        "config": config.model_dump(mode="json"),
+        "input": {"channels": run.channels, "size": run.size},
+        "split": split.to_dict(),
+        "seen": sorted(items.fingerprints()[run.used].tolist()),
+        "provenance": {
+            "data": items.fingerprint(),
+            "n_items": run.n_items,
+            "versions": {p: version(p) for p in ("osml-plugin", "torch", "torchvision", "pytorch-metric-learning")},
+        },
+        "validation": asdict(candidates[0]) if candidates else None,
+    }
+    recognizer.fit(
+        embed["train"],
+        names["train"],
+        calibration=(embed["calibration"], names["calibration"]),
+        validation=(embed["validation"], names["validation"]) if len(roles.validation) else None,
+        class_weights=weights,
+    )
+    save_bundle(recognizer, out)
+    return TrainResult(
+        recognizer, out, split, run.n_items, candidates, hook.history if hook else [], survey.bad if survey else []
+    )
+
+
+def evaluate(
+    model: str | Path | OpenSetRecognizer,
+    data: str | Path,
+    *,
+    split: str | Path | Split | None = None,
+    alpha: float | None = None,
+    skip_bad: bool = False,
+    factories: Sequence[str] = (),
+    seed: int = 0,
+    progress: bool = True,
+) -> tuple[Evaluation, Items]:
+    """Test a bundle on the items of `data` that it has not seen; the items that were tested come with it.
+
+    Where the data declare a test role, that is tested; else every item that the bundle was not trained, calibrated,
+    validated or enrolled on. Pseudo-unknown classes take no part: they were chosen by. `split` limits the classes to
+    those that it names; without it every class that the bundle does not know is unknown. `alpha` has the threshold
+    fitted again, on the bundle's own calibration items, at another rate.
+    """
+    recognizer = _recognizer(model, factories)
+    if alpha is not None:
+        recognizer.keep_rate(alpha)
+    items = open_items(data)
+    known = recognizer.class_names
+    stored = Split.from_dict(recognizer.details["split"]) if "split" in recognizer.details else Split(tuple(known))
+    held_out = [c for c in stored.pseudo_unknown if c not in known]
+    if split is not None:
+        split = split if isinstance(split, Split) else Split.load(split)
+        split.check(items.class_names())
+        for name in split.known:
+            recognizer.gallery.id_of(name)
+        named = {*split.known, *split.unknown}
+        held_out += [c for c in items.class_names() if c not in named]
+    seen = np.array(recognizer.details.get("seen", []), dtype=np.uint64)
+    items = items.select(test_indices(items, known, held_out, seen=seen))
+    if len(items) == 0:
+        raise OsmlError(f"'{data}' holds nothing to test on: all of it was used to train, or its classes are held out")
+    items, _ = _readable(items, skip_bad, progress)
+    embeddings = recognizer.embed(_inputs(items), progress="embedding" if progress else None)
+    return evaluate_embeddings(recognizer, embeddings, items.labels, seed=seed), items
+
+
+def predict(
+    model: str | Path | OpenSetRecognizer,
+    paths: Sequence[str | Path],
+    *,
+    neighbours: int = 3,
+    skip_bad: bool = False,
+    factories: Sequence[str] = (),
+    progress: bool = True,
+) -> tuple[Recognition, Items]:
+    """Recognise images, folders of images, or embeddings files; the items come with the answer, in order."""
+    recognizer = _recognizer(model, factories)
+    items, _ = _readable(_collect(paths), skip_bad, progress)
+    bar = "recognising" if progress else None
+    return recognizer.predict(_inputs(items), neighbours=neighbours, progress=bar), items
+
+
+def embed(
+    model: str | Path | OpenSetRecognizer,
+    data: str | Path,
+    out: str | Path,
+    *,
+    skip_bad: bool = False,
+    factories: Sequence[str] = (),
+    progress: bool = True,
+) -> int:
+    """Write the embeddings of a folder or manifest to an `.npz` or `.safetensors` file; returns how many."""
+    recognizer = _recognizer(model, factories)
+    items, _ = _readable(open_items(data, labelled=False), skip_bad, progress)
+    embeddings = recognizer.embed(_inputs(items), progress="embedding" if progress else None)
+    write_embeddings(out, embeddings.numpy(), items.labels, paths=items.paths)
+    return len(items)
+
+
+@dataclass(frozen=True)
+class DiscoverResult:
+    """Proposed classes among items, and how well they match labels where the source has some."""
+
+    items: Items
+    """Those that were grouped."""
+    groups: Discovery
+    n_recognised: int
+    """Items left out because they were recognised as known."""
+    metrics: DiscoveryMetrics | None
+
+
+def discover(
+    model: str | Path | OpenSetRecognizer,
+    data: str | Path,
+    *,
+    n_classes: int | None = None,
+    everything: bool = False,
+    seed: int = 0,
+    skip_bad: bool = False,
+    factories: Sequence[str] = (),
+    progress: bool = True,
+) -> DiscoverResult:
+    """Group the items of `data` that the recognizer rejects (or, with `everything`, all of them) into new classes."""
+    recognizer = _recognizer(model, factories)
+    items, _ = _readable(open_items(data, labelled=False), skip_bad, progress)
+    embeddings = recognizer.embed(_inputs(items), progress="embedding" if progress else None)
+    keep = np.ones(len(items), dtype=bool)
+    if not everything:
+        keep = recognizer.recognize(embeddings, neighbours=0).labels == UNKNOWN
+        if not keep.any():
+            raise OsmlError(f"all {len(items)} items of '{data}' are recognised as known: nothing is left to group")
+    groups = recognizer.group(embeddings[keep], n_classes=n_classes, seed=seed)
+    chosen = items.select(keep)
+    metrics = discovery_metrics(chosen.labels, groups.labels) if chosen.labels is not None else None
+    return DiscoverResult(chosen, groups, int((~keep).sum()), metrics)
+
+
+def enroll(
+    model: str | Path,
+    name: str,
+    paths: Sequence[str | Path],
+    *,
+    skip_bad: bool = False,
+    factories: Sequence[str] = (),
+    progress: bool = True,
+) -> OpenSetRecognizer:
+    """Teach a bundle a class, or more of one, from images, folders or an embeddings file; it is changed in place."""
+    items, _ = _readable(_collect(paths), skip_bad, progress)
+    with bundle_lock(model):
+        recognizer = load_bundle(model, factories=factories)
+        recognizer.enroll(name, _inputs(items))
+        seen = set(recognizer.details.get("seen", [])) | {int(f) for f in items.fingerprints()}
+        recognizer.details = recognizer.details | {"seen": sorted(seen)}
+        save_bundle(recognizer, model)
+    return recognizer
+
+
+def forget(model: str | Path, name: str, *, factories: Sequence[str] = ()) -> OpenSetRecognizer:
+    """Make a bundle forget a class; it is changed in place."""
+    with bundle_lock(model):
+        recognizer = load_bundle(model, factories=factories)
+        recognizer.forget(name)
+        save_bundle(recognizer, model)
+    return recognizer
+
+
+def _config(
+    config: str | Path | Config | None, overrides: Iterable[str], seed: int | None, alpha: float | None
+) -> Config:
+    given = {k: v for k, v in (("seed", seed), ("alpha", alpha)) if v is not None}
+    overrides = [*overrides, *(f"{k}={v}" for k, v in given.items())]
+    if isinstance(config, Config):
+        if overrides:
+            raise OsmlError("give either a Config or overrides, not both: make the Config with them")
+        return config
+    return load_config(config, overrides)
+
+
+def _split(split: str | Path | Split | None, items: Items, n_known: int | None, seed: int) -> Split:
+    if split is not None and n_known is not None:
+        raise OsmlError("give either --split, which names the known classes, or --n-known, which draws them")
+    if split is None:
+        split = draw_split(items.class_names(), n_known=n_known, seed=seed)
+    elif not isinstance(split, Split):
+        split = Split.load(split)
+    split.check(items.class_names())
+    return split
+
+
+def _readable(items: Items, skip_bad: bool, progress: bool) -> tuple[Items, ImageSurvey | None]:
+    """The items whose images can be read; OsmlError where some cannot and they may not be skipped."""
+    if items.embeddings is not None:
+        return items, None
+    survey = inspect_images(items.paths, skip_bad=skip_bad, progress=progress)
+    return (items if len(survey.good) == len(items) else items.select(survey.good)), survey
+
+
+def _collect(paths: Sequence[str | Path]) -> Items:
+    """Everything that paths name, in order."""
+    if not paths:
+        raise OsmlError("no images given: name image files, folders of images, or an embeddings file")
+    found = [open_items(p, labelled=False) for p in paths]
+    if len(found) == 1:
+        return found[0]
+    if any(f.embeddings is not None for f in found):
+        raise OsmlError("an embeddings file stands alone: name one, or images and folders")
+    return Items(None, tuple(p for f in found for p in f.paths), None, None)
+
+
+def _inputs(items: Items) -> Any:
+    return items.paths if items.embeddings is None else items.embeddings
+
+
+def _recognizer(model: str | Path | OpenSetRecognizer, factories: Sequence[str]) -> OpenSetRecognizer:
+    return model if isinstance(model, OpenSetRecognizer) else load_bundle(model, factories=factories)
+
+
+def _candidates(config: Config, embed: dict, run: TrainingData, roles: TrainingRoles, weights) -> list[Candidate]:
+    validation_labels = run.labels(roles.validation)
+    if not has_unknown(validation_labels):
+        return []
+    return select_detector(
+        embed["train"],
+        torch.from_numpy(run.labels(roles.train)),
+        embed["validation"],
+        validation_labels,
+        weights,
+        names=None if config.detector.name == "auto" else [config.detector.name],
+    )
+
+
+def _chosen_detector(config: Config, candidates: list[Candidate]) -> detectors.Detector:
+    if config.detector.name != "auto" and (config.detector.args or not candidates):
+        return detectors.create(config.detector.name, **config.detector.args)
+    if candidates:
+        return detectors.create(candidates[0].detector, **candidates[0].params)
+    return detectors.create(DEFAULT)
+
+
+def _threshold(config: Config) -> thresholds.Threshold:
+    args = config.threshold.args
+    if config.threshold.name == "conformal":
+        args = {"alpha": config.alpha} | args
+    return thresholds.create(config.threshold.name, **args)

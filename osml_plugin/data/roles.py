@@ -1,0 +1,243 @@
+"""Which classes are known (`Split`), and which item does what (data roles). Nothing here that trains or
+chooses sees a test item: `TrainingRoles` has no test, and `test_indices` is a function of its own."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, astuple, dataclass
+from difflib import get_close_matches
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import OsmlError, unknown_name
+from .items import ROLES, Items
+
+TRAIN, CALIBRATION, VALIDATION, TEST = range(4)  # in the order of ROLES and of the fields of Fractions
+
+
+@dataclass(frozen=True)
+class Split:
+    """The classes that a model is given (known), those held out to choose it by (pseudo-unknown), and those
+    that only the test may show (unknown). Classes of the data that it does not name take no part."""
+
+    known: tuple[str, ...]
+    pseudo_unknown: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+
+    @classmethod
+    def load(cls, path: str | Path) -> Split:
+        """Read JSON `{"known": [...], "pseudo_unknown": [...], "unknown": [...]}`; raises `OsmlError`."""
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except OsmlError as error:
+            raise OsmlError(f"split '{path}': {error}") from error
+        except OSError as error:
+            raise OsmlError(f"cannot read the split '{path}': {error.strerror}") from error
+        except ValueError as error:
+            raise OsmlError(f"the split '{path}' is not JSON: {error}") from error
+
+    @classmethod
+    def from_dict(cls, split: Mapping) -> Split:
+        """Integers are taken as their decimal string; only `known` is required. Raises `OsmlError`."""
+        if not isinstance(split, Mapping):
+            raise OsmlError(f"a split is an object with lists of classes, not {type(split).__name__}")
+        for key in split:
+            if key not in cls.__dataclass_fields__:
+                raise unknown_name("key of a split", key, cls.__dataclass_fields__)
+        if "known" not in split:
+            raise OsmlError("a split needs 'known', a list of class names")
+        for key, names in split.items():
+            if not isinstance(names, list | tuple) or not all(type(name) in (str, int) for name in names):
+                raise OsmlError(f"'{key}' of a split must be a list of class names, not {names!r}")
+        return cls(**{key: tuple(str(name) for name in names) for key, names in split.items()})
+
+    def to_dict(self) -> dict[str, list[str]]:
+        return {key: list(names) for key, names in asdict(self).items()}
+
+    def check(self, class_names: Collection[str]) -> None:
+        """Raise `OsmlError` unless the split fits data with these classes."""
+        if len(set(self.known)) < 2:
+            raise OsmlError(f"a split needs at least 2 known classes, not {len(set(self.known))}")
+        named = [(name, key) for key, names in asdict(self).items() for name in names]
+        for name, count in Counter(name for name, _ in named).items():
+            if count > 1:
+                keys = [key for other, key in named if other == name]
+                where = f"twice in '{keys[0]}'" if len(set(keys)) == 1 else f"in '{keys[0]}' and in '{keys[1]}'"
+                raise OsmlError(f"the split names class '{name}' {where}; a class has one place")
+        present = set(class_names)
+        absent = [(name, key) for name, key in named if name not in present]
+        if absent:
+            name, key = absent[0]
+            near = get_close_matches(name, sorted(present), n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"the data has {len(present)} classes"
+            more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
+            raise OsmlError(f"class '{name}' in '{key}' of the split is not in the data{more}; {hint}")
+
+
+def draw_split(class_names: Iterable[str], *, n_known: int | None = None, seed: int = 0) -> Split:
+    """A random split: `n_known` classes (half of them by default, at least 2) are known; of the others 40 %
+    (at least 1 of 2 or more) are pseudo-unknown and the rest unknown. The order of `class_names` has no
+    influence. Raises `OsmlError` if `n_known` is below 2 or above the number of classes."""
+    names = sorted(set(class_names))
+    if n_known is None:
+        n_known = max(2, round(0.5 * len(names)))
+    if not 2 <= n_known <= len(names):
+        raise OsmlError(f"cannot draw {n_known} known of {len(names)} classes; expected 2 to {len(names)} known")
+    others = len(names) - n_known
+    n_pseudo = max(round(0.4 * others), 1 if others >= 2 else 0)
+    drawn = sorted(names, key=lambda name: _lot(seed, name.encode()))
+    cuts = (slice(n_known), slice(n_known, n_known + n_pseudo), slice(n_known + n_pseudo, None))
+    return Split(*(tuple(sorted(drawn[cut])) for cut in cuts))
+
+
+@dataclass(frozen=True)
+class Fractions:
+    """How a known class is cut when the source declares no roles; they sum to 1. Where it declares a test,
+    the first three are rescaled to sum to 1 over its 'train' items."""
+
+    train: float = 0.55
+    calibration: float = 0.15
+    validation: float = 0.10
+    test: float = 0.20
+
+    def __post_init__(self) -> None:
+        shares = astuple(self)
+        if min(shares) < 0 or self.train <= 0 or abs(sum(shares) - 1) > 1e-6:
+            raise OsmlError(f"fractions {shares}: expected train > 0, none below 0, and a sum of 1")
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingRoles:
+    """Sorted item indices of the roles that training and choosing may see: train (known), calibration
+    (known), validation (known + pseudo-unknown). There is no test here, on purpose."""
+
+    train: np.ndarray
+    calibration: np.ndarray
+    validation: np.ndarray
+
+
+def training_roles(items: Items, split: Split, *, fractions: Fractions = Fractions(), seed: int = 0) -> TrainingRoles:
+    """Deal the items out to the roles that training may see.
+
+    Each known class is put in an order drawn from (seed, content), so that file names and their order have
+    no influence, and cut by `fractions` with the largest remainder; 'train' and 'calibration' get at least 1.
+    Identical items of a class share a role. Pseudo-unknown classes go to validation whole, but for their
+    declared test items. Unknown classes, and classes that the split does not name, go nowhere.
+
+    Roles that the source declares: its 'train' items are cut over train, calibration and validation; if it
+    declares any 'calibration' or 'validation' item, all its roles are used as they are.
+
+    Raises `OsmlError` for items without labels, a split that does not fit, and a known class with too few items.
+    """
+    split.check(set(_labels(items)))
+    fingerprints = items.fingerprints()
+    declared = None if items.roles is None else np.array([ROLES.index(role) for role in items.roles])
+    as_declared = declared is not None and bool(np.isin(declared, (CALIBRATION, VALIDATION)).any())
+    shares = np.array(astuple(fractions))
+    if declared is not None:
+        shares[TEST] = 0
+    role = np.full(len(items), TEST)
+    of_class = _indices_by_class(items, declared)
+    for name in split.pseudo_unknown:
+        role[of_class[name]] = VALIDATION
+    for name in split.known:
+        indices = of_class[name]
+        role[indices] = declared[indices] if as_declared else _cut(fingerprints[indices], shares, seed)
+        if not {TRAIN, CALIBRATION} <= set(role[indices]):
+            raise _too_few(items, name, indices, as_declared)
+    return TrainingRoles(*(np.flatnonzero(role == r) for r in (TRAIN, CALIBRATION, VALIDATION)))
+
+
+def test_indices(
+    items: Items,
+    split_known: Collection[str],
+    held_out: Collection[str],
+    *,
+    seen: Collection[int] | np.ndarray = (),
+) -> np.ndarray:
+    """Sorted indices of the items to test on: known and unknown classes, never one of `held_out`, the
+    pseudo-unknown classes. Where the source declares roles: its 'test' items. Else: all whose fingerprint is
+    not in `seen`, the uint64 fingerprints of what the model was trained, calibrated or validated on.
+
+    Raises `OsmlError` for items without labels or without any class of `split_known` (names spelled otherwise
+    would silently count as unknown).
+    """
+    classes = set(_labels(items))
+    if not classes & set(split_known):
+        raise OsmlError(
+            f"none of the {len(split_known)} known classes, such as '{min(split_known, default='')}', is in the "
+            f"data, whose classes are such as '{min(classes)}'; expected the same names as in training"
+        )
+    if items.roles is not None:
+        chosen = np.array([role == "test" for role in items.roles])
+    else:
+        chosen = ~np.isin(items.fingerprints(), np.asarray(seen, dtype=np.uint64))
+    held_out = set(held_out)
+    return np.flatnonzero(chosen & np.array([label not in held_out for label in items.labels]))
+
+
+test_indices.__test__ = False  # pytest would take it for a test
+
+
+def _labels(items: Items) -> tuple[str, ...]:
+    if not items.labels:
+        raise OsmlError("the items have no labels; expected a class name for each")
+    return items.labels
+
+
+def _indices_by_class(items: Items, declared: np.ndarray | None) -> dict[str, np.ndarray]:
+    """The items of each class, without those declared as test."""
+    indices = defaultdict(list)
+    for i, label in enumerate(_labels(items)):
+        if declared is None or declared[i] != TEST:
+            indices[label].append(i)
+    return defaultdict(lambda: np.empty(0, np.int64), {name: np.array(i) for name, i in indices.items()})
+
+
+def _lot(seed: int, content: bytes) -> bytes:
+    return blake2b(content, key=str(seed).encode(), digest_size=8).digest()
+
+
+def _cut(fingerprints: np.ndarray, shares: np.ndarray, seed: int) -> np.ndarray:
+    """The role of each item of one class: its distinct items, in drawn order, cut by `shares`."""
+    distinct, item_of = np.unique(fingerprints, return_inverse=True)
+    lots = [_lot(seed, int(fingerprint).to_bytes(8, "little")) for fingerprint in distinct]
+    drawn = sorted(range(len(distinct)), key=lots.__getitem__)
+    role = np.empty(len(distinct), dtype=np.int64)
+    role[drawn] = np.repeat(range(len(ROLES)), _counts(len(distinct), shares))
+    return role[item_of]
+
+
+def _counts(n: int, shares: np.ndarray) -> np.ndarray:
+    """n items over the roles by largest remainder; train gets at least 1, then calibration at least 1."""
+    quota = n * shares / shares.sum()
+    counts = np.floor(quota).astype(np.int64)
+    rest = np.argsort(counts - quota, kind="stable")[: n - counts.sum()]
+    counts[rest] += 1
+    for role, kept in ((TRAIN, []), (CALIBRATION, [TRAIN])):
+        if counts[role] == 0 and n > len(kept):
+            spare = counts.copy()
+            spare[kept] -= 1
+            counts[np.argmax(spare)] -= 1
+            counts[role] = 1
+    return counts
+
+
+def _too_few(items: Items, name: str, indices: np.ndarray, as_declared: bool) -> OsmlError:
+    if as_declared:
+        return OsmlError(
+            f"the roles declared for class '{name}' leave it without 'train' or without 'calibration' items; a "
+            "known class needs both; declare them, or declare only 'train' and 'test' to have 'train' cut"
+        )
+    kind = "image" if items.embeddings is None else "embedding"
+    n = len(np.unique(items.fingerprints()[indices]))
+    distinct = "distinct " if n < len(indices) else ""
+    outside = " outside 'test'" if items.roles is not None else ""
+    return OsmlError(
+        f"class '{name}' has {n} {distinct}{kind}{'' if n == 1 else 's'}{outside}; a known class needs at least 2: "
+        f"one to train on and one to calibrate with; add {kind}s or leave the class out with --split"
+    )

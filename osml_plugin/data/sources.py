@@ -1,0 +1,325 @@
+"""Opening what a user has: folders of images, a manifest, a file of embeddings."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+from ..errors import OsmlError
+from .items import ROLES, Items
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm"})
+KINDS = (
+    "a folder of class folders with images, a .csv or .parquet manifest (path,label[,role]), "
+    "or a .npz or .safetensors file of embeddings"
+)
+
+
+def open_items(path: str | Path, *, labelled: bool = True) -> Items:
+    """What `path` holds; its kind is told from the path itself.
+
+    - `DIR/<class>/*`: images; the folder is the class, nested folders belong to it.
+    - `DIR/train/<class>/*` and `DIR/test/<class>/*`: the same with the roles 'train' and 'test'.
+    - `.csv`, `.parquet`: a manifest with columns `path,label[,role]`; paths are relative to its folder.
+    - `.npz`, `.safetensors`: `embeddings` (N, D), `labels`, optional `roles` and `paths`
+      (for safetensors: integer `labels`, and JSON lists `class_names`, `roles`, `paths` in the metadata).
+
+    `labelled=False` also takes what has no labels: a flat folder of images, one image, a manifest or
+    embeddings without them; labels that are there are kept. Items of folders are sorted by path; those of
+    files keep their order. Hidden files, files that are no images and linked folders inside a class folder
+    are ignored. Raises `OsmlError`.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if not path.exists():
+        raise OsmlError(f"no file or folder '{path}'; expected {KINDS}")
+    if path.is_dir():
+        return _open_folder(path, labelled)
+    if suffix in (".csv", ".parquet"):
+        return _open_manifest(path, labelled)
+    if suffix in (".npz", ".safetensors"):
+        return _open_embeddings(path, labelled)
+    if suffix not in IMAGE_SUFFIXES:
+        raise OsmlError(f"cannot tell what '{path}' holds from its suffix '{path.suffix}'; expected {KINDS}")
+    if labelled:
+        raise OsmlError(f"'{path}' is one image without a class; expected {KINDS}")
+    return Items(None, (path,), None, None)
+
+
+# --- folders ---------------------------------------------------------------------------------------------
+
+
+def _open_folder(root: Path, labelled: bool) -> Items:
+    folders = _subfolders(root)
+    images = sorted((f for f in root.iterdir() if _is_image(f.name) and f.is_file()), key=lambda f: f.name)
+    if not folders:
+        if not images:
+            raise OsmlError(f"folder '{root}' holds no images; expected {KINDS}")
+        if labelled:
+            raise OsmlError(f"folder '{root}' holds images but no class folders; expected {KINDS}")
+        return Items(None, tuple(images), None, None)
+    if images:
+        raise OsmlError(
+            f"folder '{root}' holds both class folders and images such as '{images[0].name}'; "
+            "move the images into a class folder or elsewhere"
+        )
+    if all(_subfolders(root / role) for role in ("train", "test")):
+        for folder in folders:
+            if folder.name not in ("train", "test") and _images_below(folder):
+                raise OsmlError(
+                    f"folder '{root}' holds images in '{folder.name}' beside 'train' and 'test'; move it "
+                    "elsewhere, or name every file and its role in a manifest (path,label,role)"
+                )
+        train, test = _class_folders(root / "train"), _class_folders(root / "test")
+        roles = ["train"] * len(train) + ["test"] * len(test)
+        return Items(*zip(*train, *test, strict=True), None, tuple(roles))
+    return Items(*zip(*_class_folders(root), strict=True), None, None)
+
+
+def _class_folders(root: Path) -> list[tuple[str, Path]]:
+    """(class, image) pairs."""
+    pairs = []
+    for folder in tqdm(_subfolders(root), desc="listing folders", delay=2):
+        found = _images_below(folder)
+        if not found:
+            raise OsmlError(
+                f"class folder '{folder}' holds no images; remove it or add images "
+                f"({', '.join(sorted(IMAGE_SUFFIXES))})"
+            )
+        pairs += [(folder.name, image) for image in found]
+    return pairs
+
+
+def _subfolders(root: Path) -> list[Path]:
+    if not root.is_dir():
+        return []
+    return sorted((f for f in root.iterdir() if f.is_dir() and not _hidden(f.name)), key=lambda f: f.name)
+
+
+def _images_below(folder: Path) -> list[Path]:
+    found = []
+    for where, inner, names in os.walk(folder):
+        inner[:] = [name for name in inner if not _hidden(name)]
+        found += [Path(where, name) for name in names if _is_image(name)]
+    return sorted(found, key=Path.as_posix)
+
+
+def _is_image(name: str) -> bool:
+    return not _hidden(name) and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".")
+
+
+# --- manifests -------------------------------------------------------------------------------------------
+
+
+def _open_manifest(file: Path, labelled: bool) -> Items:
+    columns = _read_table(file)
+    needed = ("path", "label") if labelled else ("path",)
+    if missing := [name for name in needed if name not in columns]:
+        raise OsmlError(
+            f"manifest '{file}' has no column '{missing[0]}'; it has {_listing(columns)}, expected path,label[,role]"
+        )
+    if "role" not in columns and (wrong := [c for c in columns if c.lower() in ("role", "roles", "split")]):
+        raise OsmlError(f"manifest '{file}' has a column '{wrong[0]}' but none 'role'; rename or drop it")
+    if not columns["path"]:
+        raise OsmlError(f"manifest '{file}' has no rows; expected one an image")
+    for name in ("path", "label", "role"):
+        if "" in columns.get(name, ()):
+            row = columns[name].index("") + 1
+            raise OsmlError(f"manifest '{file}' has no {name} in row {row}; fill it in or drop the row")
+    paths = tuple(file.parent / path for path in columns["path"])
+    absent = [path for path in tqdm(paths, desc="looking for files", delay=2) if not path.is_file()]
+    if absent:
+        raise OsmlError(
+            f"manifest '{file}' names {len(absent)} of {len(paths)} files that are not there, the first is "
+            f"'{absent[0]}'; paths are relative to the manifest's folder"
+        )
+    labels, roles = columns.get("label"), columns.get("role")
+    return Items(labels and tuple(labels), paths, None, roles and _checked_roles(roles, file))
+
+
+def _read_table(file: Path) -> dict[str, list[str]]:
+    """The columns of a table, all as strings; empty cells are ''."""
+    try:
+        import pandas as pd
+
+        if file.suffix.lower() == ".csv":
+            # Without these pandas takes '01' for 1 and the classes 'NA' and 'null' for missing.
+            table = pd.read_csv(file, dtype=str, keep_default_na=False)
+        else:
+            table = pd.read_parquet(file).astype(object)
+            table = table.where(table.notna(), "").astype(str)
+    except ImportError as error:
+        raise OsmlError(f"reading '{file}' needs pandas and pyarrow: pip install 'osml-plugin[manifest]'") from error
+    except (ValueError, OSError) as error:
+        raise OsmlError(f"cannot read the manifest '{file}': {_one_line(error)}") from error
+    return {str(name): table[name].tolist() for name in table.columns}
+
+
+# --- embeddings ------------------------------------------------------------------------------------------
+
+
+def _open_embeddings(file: Path, labelled: bool) -> Items:
+    arrays = (_read_npz if file.suffix.lower() == ".npz" else _read_safetensors)(file)
+    if "embeddings" not in arrays:
+        raise OsmlError(f"'{file}' has no array 'embeddings'; it has {_listing(arrays)}")
+    if labelled and "labels" not in arrays:
+        raise OsmlError(f"'{file}' has no 'labels'; it has {_listing(arrays)}, expected one label a row")
+    embeddings = _checked_embeddings(arrays["embeddings"], f"embeddings in '{file}'")
+    for name in ("labels", "roles", "paths"):
+        if name in arrays and arrays[name].shape != (len(embeddings),):
+            raise OsmlError(
+                f"'{name}' in '{file}' has shape {arrays[name].shape}; expected ({len(embeddings)},), one a row"
+            )
+    labels, roles, paths = (
+        _strings(arrays[name], f"'{name}' in '{file}'") if name in arrays else None
+        for name in ("labels", "roles", "paths")
+    )
+    folder = os.path.realpath(file.parent)
+    return Items(
+        labels and tuple(labels),
+        paths and tuple(Path(os.path.normpath(os.path.join(folder, path))) for path in paths),
+        embeddings,
+        roles and _checked_roles(roles, file),
+    )
+
+
+def _read_npz(file: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            return dict(archive)
+    except Exception as error:  # zipfile, zlib and numpy each have their own
+        raise OsmlError(f"cannot read '{file}' as .npz: {_one_line(error)}") from error
+
+
+def _read_safetensors(file: Path) -> dict[str, np.ndarray]:
+    try:
+        with safe_open(file, framework="pt") as archive:
+            tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
+            metadata = archive.metadata() or {}
+        lists = {name: np.array(json.loads(metadata[name])) for name in _LISTS if name in metadata}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise OsmlError(f"cannot read '{file}' as .safetensors: {_one_line(error)}") from error
+    # NumPy has no bfloat16.
+    arrays = {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in tensors.items()}
+    names = lists.pop("class_names", None)
+    if names is not None and "labels" in arrays:
+        labels = arrays["labels"]
+        if labels.dtype.kind not in "iu" or not np.isin(labels, np.arange(names.size)).all():
+            raise OsmlError(f"'labels' in '{file}' are no indices into its {names.size} class_names")
+        arrays["labels"] = names[labels]
+    return arrays | lists
+
+
+_LISTS = ("class_names", "roles", "paths")
+
+
+def write_embeddings(
+    path: str | Path,
+    embeddings: np.ndarray | torch.Tensor,
+    labels: Sequence[str] | Sequence[int] | None,
+    paths: Sequence[str | Path] | None = None,
+    *,
+    roles: Sequence[str] | None = None,
+) -> None:
+    """Write a `.npz` or `.safetensors` file that `open_items` reads back; all of it or nothing.
+
+    embeddings: `(N, D)`, finite; written as float32. labels: class names, or integers, which become their
+    decimal string; None if there are none. paths: the image of each row, kept relative to the file's folder.
+    roles: the data role of each row. Raises `OsmlError`.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in (".npz", ".safetensors"):
+        raise OsmlError(f"cannot write embeddings to '{path}'; expected a name ending in .npz or .safetensors")
+    if not path.parent.is_dir():
+        raise OsmlError(f"cannot write '{path}': no folder '{path.parent}'; make it first")
+    if isinstance(embeddings, torch.Tensor):
+        embeddings = embeddings.detach().float().cpu().numpy()
+    embeddings = _checked_embeddings(np.asarray(embeddings), "embeddings")
+    columns: dict[str, list[str]] = {}
+    if labels is not None:
+        columns["labels"] = _strings(np.asarray(labels), "labels")
+    if paths is not None:
+        folder = os.path.realpath(path.parent)
+        columns["paths"] = [Path(os.path.relpath(os.path.abspath(p), folder)).as_posix() for p in paths]
+    if roles is not None:
+        columns["roles"] = list(_checked_roles(roles, path))
+    for name, values in columns.items():
+        if len(values) != len(embeddings):
+            raise OsmlError(f"{len(values)} {name} for {len(embeddings)} embeddings; expected one a row")
+    write = _write_npz if path.suffix.lower() == ".npz" else _write_safetensors
+    _write_aside(path, lambda aside: write(aside, embeddings, columns))
+
+
+def _write_npz(file: Path, embeddings: np.ndarray, columns: dict[str, list[str]]) -> None:
+    with open(file, "wb") as stream:
+        np.savez(stream, embeddings=embeddings, **{name: np.array(v, dtype=np.str_) for name, v in columns.items()})
+
+
+def _write_safetensors(file: Path, embeddings: np.ndarray, columns: dict[str, list[str]]) -> None:
+    tensors = {"embeddings": torch.from_numpy(embeddings)}
+    lists = dict(columns)
+    if "labels" in lists:
+        names, indices = np.unique(np.array(lists.pop("labels"), dtype=np.str_), return_inverse=True)
+        tensors["labels"] = torch.from_numpy(indices.astype(np.int64))
+        lists["class_names"] = names.tolist()
+    safetensors.torch.save_file(tensors, file, {name: json.dumps(values) for name, values in lists.items()})
+
+
+def _write_aside(path: Path, write: Callable[[Path], None]) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+# --- checks ----------------------------------------------------------------------------------------------
+
+
+def _checked_embeddings(array: np.ndarray, what: str) -> np.ndarray:
+    """`(N, D)` float32, finite, N and D at least 1."""
+    if array.ndim != 2 or 0 in array.shape or array.dtype.kind != "f":
+        raise OsmlError(f"{what}: shape {array.shape} of {array.dtype}; expected (N, D) floating point")
+    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite and caught below
+        array = np.ascontiguousarray(array, dtype=np.float32)
+    finite = np.isfinite(array).all(axis=1)
+    if not finite.all():
+        raise OsmlError(
+            f"{what}: NaN or infinity in {(~finite).sum()} of {len(array)} rows, the first is row "
+            f"{np.flatnonzero(~finite)[0]}; expected finite float32"
+        )
+    return array
+
+
+def _strings(array: np.ndarray, what: str) -> list[str]:
+    if array.dtype.kind not in "iuU":
+        raise OsmlError(f"{what}: type {array.dtype}; expected strings or integers")
+    return [str(value) for value in array.tolist()]
+
+
+def _checked_roles(roles: Sequence[str], file: Path) -> tuple[str, ...]:
+    for row, role in enumerate(roles, start=1):
+        if role not in ROLES:
+            raise OsmlError(f"role '{role}' in row {row} of '{file}'; expected one of {', '.join(ROLES)}")
+    return tuple(roles)
+
+
+def _listing(names) -> str:
+    return ", ".join(f"'{name}'" for name in names) or "nothing"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,189 @@
+"""The contract that every detector keeps, and the registry that finds them by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import ClassVar, final
+
+import torch
+from numpy.typing import ArrayLike
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .. import UNKNOWN
+from ..errors import OsmlError
+from ..registry import Registry
+
+registry: Registry[Detector] = Registry("detector")
+
+
+class Detector(nn.Module):
+    """Gives each embedding an unknown score: **higher = more unknown**, always.
+
+    A subclass has a keyword-only `__init__` that keeps each argument under its own name, and writes `_fit`
+    and one of: `_class_scores -> (N, C)` (the score is the minimum over classes, the class its argmin) or
+    `_score_and_class -> ((N,), (N,))`. All it has fitted lives in buffers. The base owns everything else:
+    checks, labels ↔ indices, dtype, device, chunks, gradients, files.
+    """
+
+    name: ClassVar[str]
+    needs_class_weights: ClassVar[bool] = False
+    """Whether `fit` needs the proxies of a classification loss."""
+    search_space: ClassVar[dict[str, tuple]] = {}
+    """For each parameter worth searching, the values to try."""
+    far_point_exception: ClassVar[str | None] = None
+    """Why a far point need not score above the training points, where that is so."""
+
+    chunk_size = 4096
+
+    def __init_subclass__(cls, name: str | None = None, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if name is not None:
+            cls.name = name
+            registry.add(name, cls)
+
+    @property
+    def params(self) -> dict:
+        """The arguments that make this detector again: `create(detector.name, **detector.params)`."""
+        return {p: getattr(self, p) for p in registry.parameters(self.name)}
+
+    @final
+    @torch.no_grad()
+    def fit(self, embeddings: ArrayLike, labels: ArrayLike, class_weights: ArrayLike | None = None) -> Detector:
+        """Learn the known classes.
+
+        Args:
+            embeddings: `(N, D)`, finite; any float type, NumPy or torch. Its device becomes the detector's.
+            labels: `(N,)` integers, any values but `UNKNOWN`; leave unknown items out.
+            class_weights: `(C, D)`, or `(C, P, D)` for P proxies a class: row c is the proxy of the c-th
+                smallest label, scaled so that `embedding · weight` is the logit.
+
+        Raises:
+            OsmlError: for wrong shapes, NaN, an `UNKNOWN` label, missing class weights.
+        """
+        embeddings = self._checked(embeddings)
+        labels = torch.as_tensor(labels, device=embeddings.device)
+        if labels.shape != embeddings.shape[:1] or labels.is_floating_point():
+            raise OsmlError(
+                f"labels must be integers of shape ({len(embeddings)},), one for each embedding; "
+                f"got {labels.dtype} of shape {tuple(labels.shape)}"
+            )
+        if len(embeddings) == 0:
+            raise OsmlError("no embeddings to fit on: give at least one for each known class")
+        if (labels == UNKNOWN).any():
+            raise OsmlError(f"labels hold UNKNOWN ({UNKNOWN}): a detector learns known classes only, leave these out")
+        class_labels, index = labels.long().unique(return_inverse=True)
+        if class_weights is not None:
+            class_weights = self._checked_weights(class_weights, len(class_labels), embeddings)
+        elif self.needs_class_weights:
+            raise OsmlError(
+                f"detector '{self.name}' needs class weights: train with a classification loss (one that has "
+                "proxies, such as ArcFaceLoss), or choose a detector that works on embeddings alone"
+            )
+        self._buffers.clear()
+        self.register_buffer("class_labels", class_labels)
+        self.register_buffer("width", torch.tensor(embeddings.shape[1], device=embeddings.device))
+        self._fit(embeddings, index, class_weights)
+        self._fitted()
+        return self
+
+    @final
+    def score(self, embeddings: ArrayLike) -> Tensor:
+        """Unknown scores `(N,)` float32 of embeddings `(N, D)`."""
+        return self.predict(embeddings)[1]
+
+    @final
+    @torch.no_grad()
+    def predict(self, embeddings: ArrayLike) -> tuple[Tensor, Tensor]:
+        """The nearest known class (a label given to `fit`) and the unknown score of each item, both `(N,)`."""
+        if "class_labels" not in self._buffers:
+            raise OsmlError(f"detector '{self.name}' is not fitted: call fit(embeddings, labels) first")
+        home = embeddings.device if isinstance(embeddings, Tensor) else "cpu"
+        embeddings = self._checked(embeddings).to(self.class_labels.device)
+        if embeddings.shape[1] != self.width:
+            raise OsmlError(
+                f"embeddings are {embeddings.shape[1]} wide, but the detector was fitted on {int(self.width)}"
+            )
+        scores, index = zip(*(self._score_and_class(e) for e in embeddings.split(self.chunk_size)), strict=True)
+        return self.class_labels[torch.cat(index)].to(home), torch.cat(scores).float().to(home)
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file: the fitted tensors, and name and parameters as its metadata."""
+        if "class_labels" not in self._buffers:
+            raise OsmlError(f"detector '{self.name}' is not fitted: there is nothing to save yet")
+        tensors = {k: v.contiguous() for k, v in self._buffers.items()}
+        save_file(tensors, path, {"detector": self.name, "params": json.dumps(self.params)})
+
+    @staticmethod
+    def load(path: str | Path, device: str | torch.device = "cpu") -> Detector:
+        """The detector that `save` wrote."""
+        with safe_open(path, "pt", device=str(device)) as file:
+            meta = file.metadata() or {}
+            if "detector" not in meta:
+                raise OsmlError(f"'{path}' is not a detector: expected a file that Detector.save wrote")
+            detector = registry.create(meta["detector"], **json.loads(meta["params"]))
+            for key in file.keys():  # noqa: SIM118 - a safetensors file is not a dict
+                detector.register_buffer(key, file.get_tensor(key))
+        detector._fitted()
+        return detector
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if "class_labels" in self._buffers:
+            self._fitted()
+        return self
+
+    def _checked(self, embeddings: ArrayLike) -> Tensor:
+        return check_embeddings(embeddings)
+
+    def _checked_weights(self, weights: ArrayLike, n_classes: int, embeddings: Tensor) -> Tensor:
+        weights = torch.as_tensor(weights, dtype=torch.float32, device=embeddings.device)
+        weights = weights[:, None] if weights.ndim == 2 else weights
+        if weights.ndim != 3 or weights.shape[0] != n_classes or weights.shape[2] != embeddings.shape[1]:
+            raise OsmlError(
+                f"class weights must be of shape ({n_classes}, {embeddings.shape[1]}) or "
+                f"({n_classes}, proxies, {embeddings.shape[1]}); got {tuple(weights.shape)}"
+            )
+        return weights
+
+    # What a detector writes -----------------------------------------------------------------------------
+
+    def _fit(self, embeddings: Tensor, labels: Tensor, class_weights: Tensor | None) -> None:
+        """Register buffers. `embeddings` (N, D) float32, `labels` (N,) in 0..C-1, `class_weights` (C, P, D)."""
+        raise NotImplementedError
+
+    def _fitted(self) -> None:
+        """Rebuild what is derived from the buffers; called after `fit`, `load` and a change of device."""
+
+    def _class_scores(self, embeddings: Tensor) -> Tensor:
+        """How far each item is from each class, `(N, C)`."""
+        raise NotImplementedError
+
+    def _score_and_class(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """Score and class index, `(N,)` each."""
+        return self._class_scores(embeddings).min(dim=1)
+
+
+def check_embeddings(embeddings: ArrayLike) -> Tensor:
+    """`(N, D)` finite floats as a float32 tensor; OsmlError says what is wrong with anything else."""
+    embeddings = torch.as_tensor(embeddings).detach()
+    if embeddings.ndim != 2 or embeddings.shape[1] == 0:
+        raise OsmlError(f"embeddings must be of shape (items, width); got {tuple(embeddings.shape)}")
+    if not embeddings.is_floating_point():
+        raise OsmlError(f"embeddings must be floating point; got {embeddings.dtype}")
+    embeddings = embeddings.float()
+    bad = ~embeddings.isfinite().all(dim=1)
+    if bad.any():
+        raise OsmlError(
+            f"{int(bad.sum())} of {len(embeddings)} embeddings hold NaN or infinity, the first in row "
+            f"{int(bad.nonzero()[0])}: leave them out, or look at the network that made them"
+        )
+    return embeddings
+
+
+def class_means(embeddings: Tensor, labels: Tensor, n_classes: int) -> Tensor:
+    """Mean embedding of each class, `(C, D)` in the embeddings' precision; `labels` in 0..C-1."""
+    sums = embeddings.new_zeros(n_classes, embeddings.shape[1]).index_add_(0, labels, embeddings)
+    return sums / labels.bincount(minlength=n_classes)[:, None]

@@ -1,0 +1,78 @@
+"""A recognizer on test items: recognition, and the grouping of what is unknown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from . import UNKNOWN
+from .discovery import Discovery
+from .metrics import DiscoveryMetrics, OpenSetMetrics, discovery_metrics, open_set_metrics
+from .recognizer import OpenSetRecognizer, Recognition
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures, and what they were made from (for pictures)."""
+
+    metrics: OpenSetMetrics
+    discovery: DiscoveryMetrics | None
+    """Of the grouping of all items of unknown classes; None if there are none."""
+    detector: str
+    threshold: float
+    alpha: float
+    recognition: Recognition
+    names: tuple[str, ...]
+    """`(N,)` the true class name of each item."""
+    labels: np.ndarray
+    """`(N,)` the same as class ids, `UNKNOWN` for unknown classes."""
+    embeddings: Tensor
+    groups: Discovery | None
+    """Of the items of unknown classes, in their order."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object that `osml evaluate --json` prints."""
+        return {
+            **self.metrics.to_dict(),
+            "detector": self.detector,
+            "threshold": None if math.isinf(self.threshold) else self.threshold,
+            "alpha": self.alpha,
+            "discovery": None if self.discovery is None else self.discovery.to_dict(),
+        }
+
+
+def evaluate_embeddings(
+    recognizer: OpenSetRecognizer, embeddings: Tensor, names: Sequence[str], *, seed: int = 0
+) -> Evaluation:
+    """Evaluate on test embeddings `(N, D)` of the recognizer's own network, and their true class names.
+
+    A class is known iff it is in the gallery. The grouping sees the items of unknown classes only, so that its
+    figures do not depend on the threshold.
+    """
+    ids = {name: i for i, name in recognizer.gallery.classes.items()}
+    labels = np.array([ids.get(n, UNKNOWN) for n in names])
+    recognition = recognizer.recognize(embeddings)
+    nearest = np.array([ids[n] for n in recognition.nearest])
+    metrics = open_set_metrics(recognition.scores, labels, nearest, rejected=recognition.labels == UNKNOWN)
+    unknown = labels == UNKNOWN
+    groups = discovery = None
+    if unknown.any():
+        groups = recognizer.group(embeddings[unknown], seed=seed)
+        discovery = discovery_metrics([n for n, u in zip(names, unknown, strict=True) if u], groups.labels)
+    return Evaluation(
+        metrics=metrics,
+        discovery=discovery,
+        detector=recognizer.detector.name,
+        threshold=recognizer.threshold.tau,
+        alpha=recognizer.alpha,
+        recognition=recognition,
+        names=tuple(names),
+        labels=labels,
+        embeddings=embeddings,
+        groups=groups,
+    )

@@ -1,0 +1,103 @@
+"""The reference embeddings of all classes known so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import OsmlError, unknown_name
+from .neighbors import NeighborIndex
+
+
+class Neighbor(NamedTuple):
+    """A reference near an item."""
+
+    name: str
+    distance: float
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """References `(R, D)` float32, their class ids `(R,)`, and the name of each id.
+
+    Ids are stable: removing a class renumbers no other. A gallery never changes; `add` and `remove` answer with
+    a new one, one version on, so that whoever searches the old one is not disturbed.
+    """
+
+    embeddings: Tensor
+    labels: Tensor
+    classes: Mapping[int, str]
+    enrolled: Tensor
+    """`(R,)` bool: references that were enrolled, on top of those of the training."""
+    version: int = 0
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names in the order of their ids."""
+        return [self.classes[i] for i in sorted(self.classes)]
+
+    def id_of(self, name: str) -> int:
+        """The id of a class; OsmlError names the nearest right one."""
+        for i, known in self.classes.items():
+            if known == name:
+                return i
+        raise unknown_name("class", name, self.classes.values())
+
+    def add(self, name: str, embeddings: Tensor) -> Gallery:
+        """With examples `(M, D)` of a class, old or new."""
+        if not name or name != name.strip():
+            raise OsmlError(f"a class needs a name without blanks at its ends; got {name!r}")
+        classes = dict(self.classes)
+        known = {n: i for i, n in classes.items()}
+        label = known.get(name, self._free_id(name))
+        classes[label] = name
+        return replace(
+            self,
+            embeddings=torch.cat([self.embeddings, embeddings]),
+            labels=torch.cat([self.labels, self.labels.new_full((len(embeddings),), label)]),
+            classes=classes,
+            enrolled=torch.cat([self.enrolled, torch.ones(len(embeddings), dtype=torch.bool)]),
+            version=self.version + 1,
+        )
+
+    def _free_id(self, name: str) -> int:
+        """A name that is a number keeps it as its id, so that integer labels stay what they are."""
+        if name.isdecimal() and int(name) not in self.classes and all(str(i) == n for i, n in self.classes.items()):
+            return int(name)
+        return max(self.classes, default=-1) + 1
+
+    def remove(self, name: str) -> Gallery:
+        """Without a class and all its references."""
+        label = self.id_of(name)
+        if len(self.classes) == 1:
+            raise OsmlError(f"'{name}' is the only class left: a gallery cannot be empty")
+        keep = self.labels != label
+        classes = {i: n for i, n in self.classes.items() if i != label}
+        return replace(
+            self,
+            embeddings=self.embeddings[keep],
+            labels=self.labels[keep],
+            classes=classes,
+            enrolled=self.enrolled[keep],
+            version=self.version + 1,
+        )
+
+    def neighbors(self, embeddings: Tensor, k: int) -> list[list[Neighbor]]:
+        """The k nearest references of each item `(N, D)`, nearest first."""
+        distances, indices = self._index.search(embeddings, k)
+        names = [[self.classes[i] for i in row] for row in self.labels[indices].tolist()]
+        return [
+            [Neighbor(n, d) for n, d in zip(*row, strict=True)] for row in zip(names, distances.tolist(), strict=True)
+        ]
+
+    @cached_property
+    def _index(self) -> NeighborIndex:
+        return NeighborIndex(self.embeddings)

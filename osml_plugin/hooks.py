@@ -1,0 +1,86 @@
+"""Open-set validation at the end of each epoch of any pytorch-metric-learning trainer."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from . import UNKNOWN, detectors
+from .embedding import EmbeddingModel, embed_dataset
+from .errors import OsmlError
+from .metrics import OpenSetMetrics, open_set_metrics
+
+logger = logging.getLogger(__name__)
+
+
+class OpenSetHook:
+    """An `end_of_epoch_hook`: how well the known are told from the unknown after this epoch, without a threshold.
+
+    >>> hook = OpenSetHook(train_set, validation_set, patience=3)                         # doctest: +SKIP
+    >>> trainer = MetricLossOnly(..., end_of_epoch_hook=hook); trainer.train()            # doctest: +SKIP
+    >>> hook.history[-1]["oscr"]                                                          # doctest: +SKIP
+
+    Args:
+        reference: a dataset of `(input, label)` of known classes; a few hundred items a class are enough.
+        validation: a dataset of `(input, label)`; an item is unknown if its label is `UNKNOWN`, or none of
+            the reference. Pseudo-unknown classes, never those of the test.
+        detector: by name; one that needs no class weights.
+        metric: the field of `OpenSetMetrics` that `patience` watches.
+        patience: epochs without a better value after which training stops; `restore_best` then gives back the
+            weights of the best epoch. None = never.
+    """
+
+    def __init__(
+        self,
+        reference: Dataset,
+        validation: Dataset,
+        *,
+        detector: str = "centroid",
+        metric: str = "oscr",
+        patience: int | None = None,
+        unit_norm: bool = True,
+        batch_size: int = 256,
+        workers: int = 0,
+    ):
+        if metric not in OpenSetMetrics.__dataclass_fields__:
+            raise OsmlError(f"no metric '{metric}': choices: {', '.join(OpenSetMetrics.__dataclass_fields__)}")
+        self.reference, self.validation = reference, validation
+        self.detector = detectors.create(detector)
+        self.metric, self.patience = metric, patience
+        self.unit_norm, self.batch_size, self.workers = unit_norm, batch_size, workers
+        self.history: list[dict[str, Any]] = []
+        self.best_epoch: int | None = None
+        self._best_state: dict[str, torch.Tensor] | None = None
+
+    def __call__(self, trainer) -> bool:
+        """Called by the trainer; False tells it to stop."""
+        model = EmbeddingModel(trainer.models["trunk"], trainer.models["embedder"], self.unit_norm)
+        metrics = self.evaluate(model, trainer.data_device)
+        value = getattr(metrics, self.metric)
+        self.history.append({"epoch": trainer.epoch, **metrics.to_dict()})
+        logger.info("epoch %d: validation %s %.4f, AUROC %.4f", trainer.epoch, self.metric, value, metrics.auroc)
+        trainer.epoch_note = f", validation {self.metric} {value:.3f}"
+        if self.best_epoch is None or value > self.history[self.best_epoch][self.metric]:
+            self.best_epoch = len(self.history) - 1
+            if self.patience is not None:
+                self._best_state = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+        return self.patience is None or len(self.history) - 1 - self.best_epoch < self.patience
+
+    def evaluate(self, model: nn.Module, device: torch.device | str | None = None) -> OpenSetMetrics:
+        """The metrics of a model as it is now."""
+        loading = {"batch_size": self.batch_size, "workers": self.workers, "device": device}
+        embeddings, labels = embed_dataset(model, self.reference, **loading)
+        queries, query_labels = embed_dataset(model, self.validation, **loading)
+        known = labels != UNKNOWN
+        classes, scores = self.detector.fit(embeddings[known], labels[known]).predict(queries)
+        query_labels[~torch.isin(query_labels, labels[known])] = UNKNOWN
+        return open_set_metrics(scores, query_labels, classes)
+
+    def restore_best(self, model: EmbeddingModel) -> None:
+        """Load the weights of the best epoch, where `patience` had them kept."""
+        if self._best_state is not None:
+            model.load_state_dict(self._best_state)

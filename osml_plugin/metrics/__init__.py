@@ -1,0 +1,8 @@
+"""Metrics of open-set recognition and of the discovery of new classes."""
+
+from __future__ import annotations
+
+from .discovery import DiscoveryMetrics, discovery_metrics
+from .open_set import OpenSetMetrics, open_set_metrics
+
+__all__ = ["DiscoveryMetrics", "OpenSetMetrics", "discovery_metrics", "open_set_metrics"]

@@ -1,0 +1,45 @@
+"""Exact Euclidean nearest references: faiss on the CPU, torch on a GPU, approximate (HNSW) beyond a size."""
+
+from __future__ import annotations
+
+import faiss
+import torch
+from torch import Tensor
+
+EXACT_UP_TO = 100_000
+"""References beyond which the CPU search is approximate (HNSW), so that it grows sub-linearly."""
+
+
+class NeighborIndex:
+    """An index over references `(R, D)` float32; a cache, never the truth.
+
+    Candidates come from faiss (or a blocked matrix product on a GPU); their distances are computed again
+    directly, because ‖x‖² − 2x·y + ‖y‖² loses what matters most, small distances.
+    """
+
+    def __init__(self, references: Tensor, exact_up_to: int = EXACT_UP_TO):
+        self.references = references.contiguous()
+        self._faiss = None if references.is_cuda else self._build(exact_up_to)
+
+    def _build(self, exact_up_to: int) -> faiss.Index:
+        width = self.references.shape[1]
+        if len(self.references) <= exact_up_to:
+            index = faiss.IndexFlatL2(width)
+        else:
+            index = faiss.IndexHNSWFlat(width, 32)
+            index.hnsw.efConstruction = 80
+        index.add(self.references.numpy())
+        return index
+
+    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The `min(k, R)` nearest references of each query `(N, D)`: distances and indices `(N, k)`, nearest first."""
+        k = min(k, len(self.references))
+        if self._faiss is None:
+            candidates = torch.cdist(queries, self.references).topk(k, largest=False).indices
+        else:
+            if isinstance(self._faiss, faiss.IndexHNSW):
+                self._faiss.hnsw.efSearch = max(64, 2 * k)
+            candidates = torch.from_numpy(self._faiss.search(queries.contiguous().numpy(), k)[1])
+        distances = (queries[:, None, :] - self.references[candidates]).norm(dim=2)
+        distances, order = distances.sort(dim=1, stable=True)
+        return distances, candidates.gather(1, order)

@@ -1,0 +1,156 @@
+"""Any part of pytorch-metric-learning by name, with its own keyword arguments."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pytorch_metric_learning import distances, losses, miners, reducers, regularizers, samplers
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from .errors import OsmlError, unknown_name
+from .registry import check_arguments
+
+_MODULES = {
+    "loss": losses,
+    "miner": miners,
+    "sampler": samplers,
+    "distance": distances,
+    "reducer": reducers,
+    "regularizer": regularizers,
+}
+# An argument that is itself a part, and of which kind.
+_NESTED = {
+    "loss": "loss",
+    "losses": "loss",
+    "miner": "miner",
+    "miners": "miner",
+    "distance": "distance",
+    "reducer": "reducer",
+    "embedding_regularizer": "regularizer",
+    "weight_regularizer": "regularizer",
+}
+# What the trainer knows, and under which names the parts ask for it.
+_SUPPLIED_AS = {"descriptors_dim": "embedding_size", "l": "embedding_size", "length_before_new_iter": "epoch_length"}
+# Set by a part's own base class, not by its user.
+_INTERNAL = {"mat_based_loss", "collect_stats", "weight_init_func"}
+_NOT_FOR_LABELS = {
+    "BaseLossWrapper": "it is a base class",
+    "BaseMetricLossFunction": "it is a base class",
+    "EmbeddingRegularizerMixin": "it is a mixin",
+    "WeightRegularizerMixin": "it is a mixin",
+    "GenericPairLoss": "it takes a function, not keywords",
+    "SelfSupervisedLoss": "it needs two views of each item, not labels",
+    "VICRegLoss": "it needs two views of each item, not labels",
+    "BaseMiner": "it is a base class",
+    "BaseDistance": "it is a base class",
+    "BaseReducer": "it is a base class",
+    "BaseRegularizer": "it is a base class",
+    "BatchedDistance": "it wraps a distance for inference",
+    "FixedSetOfTriplets": "it needs a list of triplets, not labels",
+    "HierarchicalSampler": "it needs a hierarchy of labels",
+    "TuplesToWeightsSampler": "it needs the model",
+    "MultipleReducers": "it takes reducers by sub-loss",
+    "EmbeddingsAlreadyPackagedAsTriplets": "it needs batches of triplets",
+}
+
+
+def names(kind: str) -> list[str]:
+    """The parts of a kind ('loss', 'miner', 'sampler', 'distance', 'reducer', 'regularizer') that can be named."""
+    found = {n for n, c in vars(_MODULES[kind]).items() if inspect.isclass(c)}
+    return sorted(found - set(_NOT_FOR_LABELS))
+
+
+def arguments(kind: str, name: str) -> dict[str, inspect.Parameter]:
+    """The keyword arguments that a part takes, those of its base classes included."""
+    found: dict[str, inspect.Parameter] = {}
+    for cls in _part_class(kind, name).__mro__:
+        init = vars(cls).get("__init__")
+        if init is None or cls is nn.Module:
+            continue
+        parameters = list(inspect.signature(init).parameters.values())[1:]
+        for p in parameters:
+            if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and p.name not in _INTERNAL:
+                found.setdefault(p.name, p)
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return found
+
+
+def check(kind: str, name: str, args: Mapping[str, Any]) -> None:
+    """OsmlError for a part or an argument that does not exist, naming the nearest that does; nested parts too."""
+    check_arguments(kind, name, args, arguments(kind, name))
+    for key, value in args.items():
+        if key in _NESTED:
+            for part in value if isinstance(value, list) else [value]:
+                check(_NESTED[key], *_split(_NESTED[key], part))
+
+
+def build(kind: str, name: str, args: Mapping[str, Any], **supplied: Any) -> Any:
+    """Make a part; `supplied` (num_classes, embedding_size, labels, …) fills in what it asks for beyond `args`."""
+    check(kind, name, args)
+    wanted = arguments(kind, name)
+    given = {}
+    for key in wanted:
+        source = _SUPPLIED_AS.get(key, key)
+        if key in args:
+            given[key] = _build_nested(key, args[key], supplied) if key in _NESTED else args[key]
+        elif source in supplied:
+            given[key] = supplied[source]
+        elif wanted[key].default is inspect.Parameter.empty:
+            raise OsmlError(f"{kind} '{name}' needs the argument '{key}': set {kind}.{key}")
+    try:
+        return _part_class(kind, name)(**given)
+    except (AssertionError, TypeError, ValueError, RuntimeError) as error:
+        raise OsmlError(f"{kind} '{name}' refuses its arguments ({error}): change '{kind}' in the config") from error
+
+
+def class_weights(loss: nn.Module) -> Tensor | None:
+    """The proxies of a classification loss as `(C, P, D)`: `max_p embedding · weight` is a unit embedding's logit.
+
+    None for losses without proxies.
+    """
+    with torch.no_grad():
+        if isinstance(loss, losses.SubCenterArcFaceLoss):
+            return loss.scale * normalize(loss.W.T).view(loss.num_classes, loss.sub_centers, -1)
+        if isinstance(loss, losses.SoftTripleLoss):
+            return loss.la * normalize(loss.fc.T).view(loss.num_classes, loss.centers_per_class, -1)
+        if isinstance(loss, losses.ProxyAnchorLoss):
+            return loss.alpha * normalize(loss.proxies)[:, None]
+        if isinstance(loss, losses.ProxyNCALoss):
+            # −s‖x − p‖² = 2s x·p − 2s on the unit sphere; a constant in every logit changes no softmax.
+            return 2 * loss.softmax_scale * normalize(loss.proxies)[:, None]
+        if isinstance(loss, losses.P2SGradLoss):
+            return normalize(loss.weight.T)[:, None]
+        if hasattr(loss, "W"):
+            # The logits are linear in a unit embedding: those of the unit vectors are the weights.
+            identity = torch.eye(len(loss.W), device=loss.W.device, dtype=loss.W.dtype)
+            return loss.get_logits(identity).T[:, None]
+    return None
+
+
+def _part_class(kind: str, name: str) -> type:
+    if name in _NOT_FOR_LABELS:
+        choices = ", ".join(names(kind))
+        raise OsmlError(f"{kind} '{name}' cannot be used here: {_NOT_FOR_LABELS[name]}; choices: {choices}")
+    if name not in names(kind):
+        raise unknown_name(kind, name, names(kind))
+    return getattr(_MODULES[kind], name)
+
+
+def _split(kind: str, part: Any) -> tuple[str, dict[str, Any]]:
+    if isinstance(part, str):
+        return part, {}
+    if not isinstance(part, Mapping) or not isinstance(part.get("name"), str):
+        raise OsmlError(f"a {kind} is written as its name or as {{name: …, argument: value}}; got {part!r}")
+    return part["name"], {k: v for k, v in part.items() if k != "name"}
+
+
+def _build_nested(key: str, value: Any, supplied: Mapping[str, Any]) -> Any:
+    kind = _NESTED[key]
+    if isinstance(value, list):
+        return [_build_nested(key, v, supplied) for v in value]
+    return build(kind, *_split(kind, value), **supplied)

@@ -1,0 +1,58 @@
+"""From an image, in whatever form, to what the network takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .data.images import read_image, to_float
+from .errors import OsmlError
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Side in pixels, channels (1 grey, 3 RGB), and the mean and standard deviation of each channel in [0, 1]."""
+
+    size: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def dataset(self, images: Sequence) -> Dataset:
+        """Network inputs of images: files, open binary files, PIL images, or uint8 arrays `(H, W[, C])`."""
+        return _Inputs(images, self)
+
+    def from_tensor(self, images: Tensor) -> Tensor:
+        """Network inputs `(N, C, H, W)` float32 of uint8 images `(N, C, H, W)` that already have the right size."""
+        expected = (self.channels, self.size, self.size)
+        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != expected:
+            raise OsmlError(
+                f"image tensors must be uint8 of shape (N, {', '.join(map(str, expected))}); got {images.dtype} of "
+                f"shape {tuple(images.shape)}: pass files or PIL images to have them resized"
+            )
+        return to_float(self.mean, self.std)(images)
+
+
+class _Inputs(Dataset):
+    def __init__(self, images: Sequence, preprocessing: Preprocessing):
+        self.images = images
+        self.preprocessing = preprocessing
+        self.transform = to_float(preprocessing.mean, preprocessing.std)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> Tensor:
+        image = self.images[i]
+        if isinstance(image, np.ndarray):
+            image = Image.fromarray(image)
+        elif isinstance(image, str):
+            image = Path(image)
+        return self.transform(read_image(image, self.preprocessing.channels, self.preprocessing.size))

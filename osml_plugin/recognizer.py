@@ -1,0 +1,369 @@
+"""The one object that users hold: model + gallery + detector + threshold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from . import UNKNOWN, detectors, thresholds
+from .detectors import Detector
+from .detectors.base import check_embeddings
+from .discovery import Discovery, discover
+from .embedding import embed_dataset
+from .errors import OsmlError
+from .gallery import Gallery, Neighbor
+from .preprocessing import Preprocessing
+from .thresholds import Guarantee, Threshold
+
+FOLDS = 5
+"""Parts into which enrolled examples are cut to score each one by a detector that has not seen it."""
+
+
+@dataclass(frozen=True)
+class Recognition:
+    """What a recognizer says of N items."""
+
+    labels: np.ndarray
+    """`(N,)` class ids, `UNKNOWN` where the item is rejected."""
+    names: tuple[str | None, ...]
+    """The class names of these; None where rejected."""
+    nearest: tuple[str, ...]
+    """The nearest known class, of rejected items too."""
+    scores: np.ndarray
+    """`(N,)` unknown scores: higher = more unknown."""
+    threshold: float
+    """Rejected iff `score > threshold`."""
+    p_values: np.ndarray | None
+    """`(N,)` how usual such a score is for a known item (conformal p-value); None without calibration data."""
+    neighbours: tuple[tuple[Neighbor, ...], ...]
+    """The nearest references of each item, nearest first."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class LabelledEmbeddings:
+    """Embeddings `(N, D)` and the class name of each."""
+
+    embeddings: Tensor
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass
+class OpenSetRecognizer:
+    """Images or embeddings in, known classes or `UNKNOWN` out; learns a new class without training.
+
+    >>> recognizer = OpenSetRecognizer("knn", alpha=0.05).fit(embeddings, labels)        # doctest: +SKIP
+    >>> recognizer.predict(new_embeddings).names                                         # doctest: +SKIP
+
+    Args:
+        detector: a name (`osml detectors` lists them) or a `Detector`.
+        threshold: a name or a `Threshold`.
+        alpha: the share of known items that may be rejected, for the threshold 'conformal' given by name.
+        model: maps a batch of network inputs to embeddings `(N, D)`; without it the recognizer takes embeddings.
+        preprocessing: what turns images into network inputs; with a model that takes images.
+    """
+
+    detector: str | Detector = "knn"
+    threshold: str | Threshold = "conformal"
+    alpha: float = 0.05
+    model: nn.Module | None = None
+    preprocessing: Preprocessing | None = None
+    gallery: Gallery | None = field(default=None, init=False)
+    calibration: LabelledEmbeddings | None = field(default=None, init=False)
+    validation: LabelledEmbeddings | None = field(default=None, init=False)
+    class_weights: Tensor | None = field(default=None, init=False)
+    proxy_ids: list[int] = field(default_factory=list, init=False)
+    """The class id of each row of `class_weights`."""
+    details: dict[str, Any] = field(default_factory=dict, init=False)
+    """Configuration, split and provenance, as the bundle keeps them; plain JSON."""
+
+    def __post_init__(self):
+        if isinstance(self.detector, str):
+            self.detector = detectors.create(self.detector)
+        if isinstance(self.threshold, str):
+            args = {"alpha": self.alpha} if self.threshold == "conformal" else {}
+            self.threshold = thresholds.create(self.threshold, **args)
+        self.alpha = getattr(self.threshold, "alpha", self.alpha)
+
+    # Learning ---------------------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        embeddings: ArrayLike,
+        labels: Sequence | ArrayLike,
+        *,
+        calibration: tuple[ArrayLike, Sequence] | None = None,
+        validation: tuple[ArrayLike, Sequence] | None = None,
+        class_weights: Tensor | None = None,
+        seed: int = 0,
+    ) -> OpenSetRecognizer:
+        """Make the gallery, fit the detector on it and the threshold on items that the gallery does not hold.
+
+        Args:
+            embeddings: `(N, D)` of known items.
+            labels: `(N,)` integers or names. Integers stay the ids of their classes; names get 0, 1, … in order.
+            calibration: embeddings and labels of known items that training did not see; None = a fifth of each
+                class is set aside for it.
+            validation: embeddings and labels of known and pseudo-unknown items: for thresholds that are chosen on
+                both, and for the granularity of discovery.
+            class_weights: the proxies of a classification loss, for detectors that need them; as `Detector.fit`.
+
+        Raises:
+            OsmlError: for NaN, mismatched lengths or widths, `UNKNOWN` among the labels, fewer than two classes.
+        """
+        data = self._labelled(embeddings, labels)
+        if calibration is None:
+            aside = _held_out(data.names, seed)
+            held = LabelledEmbeddings(data.embeddings[aside], tuple(data.names[i] for i in aside.nonzero()[0]))
+            data = LabelledEmbeddings(data.embeddings[~aside], tuple(data.names[i] for i in (~aside).nonzero()[0]))
+        else:
+            held = self._labelled(*calibration)
+        ids = _class_ids(labels)
+        if len(ids) < 2:
+            raise OsmlError(f"a recognizer needs at least two known classes; got {len(ids)}: {', '.join(ids)}")
+        self.gallery = Gallery(
+            embeddings=data.embeddings,
+            labels=torch.tensor([ids[n] for n in data.names]),
+            classes={i: n for n, i in ids.items()},
+            enrolled=torch.zeros(len(data), dtype=torch.bool),
+        )
+        self.calibration = held
+        self.validation = self._labelled(*validation) if validation is not None else None
+        if class_weights is not None:
+            self.class_weights = class_weights if class_weights.ndim == 3 else class_weights[:, None]
+            self.proxy_ids = sorted(ids.values())
+        self._check_width(held.embeddings)
+        self.refit()
+        return self
+
+    def enroll(self, name: str, examples: Sequence | ArrayLike) -> OpenSetRecognizer:
+        """Learn a class, or more of one, from images or embeddings `(M, D)`; no training.
+
+        The threshold is fitted again with the new class's examples, so that the chosen rate holds with it.
+        """
+        embeddings = self.embed(examples)
+        if len(embeddings) == 0:
+            raise OsmlError(f"no examples to enrol '{name}' from: give at least one image")
+        self._change(self._fitted_gallery().add(name, embeddings))
+        return self
+
+    def forget(self, name: str) -> OpenSetRecognizer:
+        """Drop a class and all its references; what belongs to it is unknown from now on."""
+        self._change(self._fitted_gallery().remove(name))
+        return self
+
+    def keep_rate(self, alpha: float) -> OpenSetRecognizer:
+        """Fit a conformal threshold at another share of known items that may be rejected."""
+        self.threshold, self.alpha = thresholds.create("conformal", alpha=alpha), alpha
+        self.threshold.fit(self._calibration_scores)
+        return self
+
+    def refit(self) -> None:
+        """Fit detector and threshold on the gallery and the held-out items that are here now."""
+        gallery = self._fitted_gallery()
+        self.detector = self._fitted_detector(gallery)
+        self._calibration_scores = self._scores_of_known()
+        if self.threshold.needs_unknown:
+            if self.validation is not None:
+                known = set(gallery.classes.values())
+                is_unknown = np.array([n not in known for n in self.validation.names], dtype=bool)
+                self.threshold.fit(self.detector.score(self.validation.embeddings), is_unknown=is_unknown)
+        elif len(self._calibration_scores):
+            self.threshold.fit(self._calibration_scores)
+        if self.threshold.tau is None:
+            missing = (
+                "validation items, known and pseudo-unknown" if self.threshold.needs_unknown else "calibration items"
+            )
+            raise OsmlError(f"nothing to fit the threshold '{self.threshold.name}' on: it needs {missing}")
+
+    # Answering --------------------------------------------------------------------------------------------
+
+    @property
+    def class_names(self) -> list[str]:
+        return self._fitted_gallery().class_names
+
+    @property
+    def guarantee(self) -> Guarantee | None:
+        """What can be promised of the share of known items rejected; None for thresholds that promise nothing."""
+        if not isinstance(self.threshold, thresholds.Conformal):
+            return None
+        return thresholds.guarantee(len(self._calibration_scores), self.threshold.alpha)
+
+    def embed(self, items: Sequence | ArrayLike, progress: str | None = None) -> Tensor:
+        """Embeddings `(N, D)` of images (files, PIL images, uint8 arrays or tensors); embeddings pass through."""
+        if isinstance(items, np.ndarray | Tensor) and np.ndim(items) == 2:
+            embeddings = check_embeddings(items).cpu()
+            if self.model is not None and self.preprocessing is None:
+                embeddings = embed_dataset(self.model, embeddings, progress=progress)[0]
+        elif self.preprocessing is None:
+            raise OsmlError("this recognizer takes embeddings of shape (items, width), not images: it has no model")
+        elif isinstance(items, Tensor):
+            embeddings, _ = embed_dataset(self.model, self.preprocessing.from_tensor(items), progress=progress)
+        elif len(items) == 0:
+            embeddings = torch.empty(0, self._width)
+        else:
+            embeddings, _ = embed_dataset(self.model, self.preprocessing.dataset(items), progress=progress)
+        if self.gallery is not None:
+            self._check_width(embeddings)
+        return embeddings
+
+    def predict(self, items: Sequence | ArrayLike, *, neighbours: int = 3, progress: str | None = None) -> Recognition:
+        """Recognise images or embeddings `(N, D)`; `neighbours` is how many references to name for each."""
+        return self.recognize(self.embed(items, progress), neighbours=neighbours)
+
+    def recognize(self, embeddings: Tensor, *, neighbours: int = 3) -> Recognition:
+        """The same for embeddings that `embed` gave."""
+        gallery = self._fitted_gallery()
+        labels, scores = self.detector.predict(embeddings)
+        rejected = self.threshold.decide(scores)
+        nearest = tuple(gallery.classes[i] for i in labels.tolist())
+        calibrated = len(self._calibration_scores) > 0
+        return Recognition(
+            labels=np.where(rejected, UNKNOWN, labels.numpy()),
+            names=tuple(None if r else n for r, n in zip(rejected, nearest, strict=True)),
+            nearest=nearest,
+            scores=scores.numpy(),
+            threshold=self.threshold.tau,
+            p_values=thresholds.p_values(scores, self._calibration_scores) if calibrated else None,
+            neighbours=tuple(tuple(row) for row in gallery.neighbors(embeddings, neighbours)) if neighbours else (),
+        )
+
+    def discover(self, items: Sequence | ArrayLike, *, n_classes: int | None = None, seed: int = 0) -> Discovery:
+        """Group unknown images or embeddings into proposed classes, as fine as the held-out classes are."""
+        return self.group(self.embed(items), n_classes=n_classes, seed=seed)
+
+    def group(self, embeddings: Tensor, *, n_classes: int | None = None, seed: int = 0) -> Discovery:
+        """The same for embeddings that `embed` gave."""
+        held = [h for h in (self.calibration, self.validation) if h is not None and len(h)]
+        known = torch.cat([h.embeddings for h in held]) if held else None
+        names = np.concatenate([np.array(h.names) for h in held]) if held else None
+        return discover(embeddings, known_embeddings=known, known_labels=names, n_classes=n_classes, seed=seed)
+
+    # On disk ----------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write a bundle: a folder of JSON and safetensors."""
+        from .bundle import save_bundle
+
+        save_bundle(self, path)
+
+    @staticmethod
+    def load(path: str | Path, *, factories: Sequence[str] = ()) -> OpenSetRecognizer:
+        """Read a bundle. Nothing in it is executed; a trunk made by a factory of yours must be named in `factories`."""
+        from .bundle import load_bundle
+
+        return load_bundle(path, factories=factories)
+
+    # Inside -----------------------------------------------------------------------------------------------
+
+    @property
+    def _width(self) -> int:
+        return self._fitted_gallery().embeddings.shape[1]
+
+    def _fitted_gallery(self) -> Gallery:
+        if self.gallery is None:
+            raise OsmlError("this recognizer is not fitted: call fit(embeddings, labels) first, or load a bundle")
+        return self.gallery
+
+    def _check_width(self, embeddings: Tensor) -> None:
+        if embeddings.shape[1] != self._width:
+            raise OsmlError(f"embeddings are {embeddings.shape[1]} wide, but the gallery's are {self._width}")
+
+    def _labelled(self, embeddings: ArrayLike, labels: Sequence | ArrayLike) -> LabelledEmbeddings:
+        embeddings = check_embeddings(embeddings).cpu()
+        names = tuple(str(n) for n in (labels.tolist() if hasattr(labels, "tolist") else labels))
+        if len(names) != len(embeddings):
+            raise OsmlError(f"{len(names)} labels for {len(embeddings)} embeddings: expected one for each")
+        return LabelledEmbeddings(embeddings, names)
+
+    def _change(self, gallery: Gallery) -> None:
+        """Take another gallery; if anything refuses it, all stays as it was."""
+        before = self.gallery
+        self.gallery = gallery
+        try:
+            self.refit()
+        except Exception:
+            self.gallery = before
+            self.refit()
+            raise
+
+    def _fitted_detector(self, gallery: Gallery) -> Detector:
+        detector = detectors.create(self.detector.name, **self.detector.params)
+        weights = self._weights_of(gallery) if detector.needs_class_weights else None
+        return detector.fit(gallery.embeddings, gallery.labels, weights)
+
+    def _weights_of(self, gallery: Gallery) -> Tensor | None:
+        """Proxies in the order of class ids. An enrolled class gets an imprinted one (Qi et al. 2018): its mean
+        direction, as long as the trained proxies are on average."""
+        if self.class_weights is None:
+            return None
+        trained = dict(zip(self.proxy_ids, self.class_weights, strict=True))
+        length = self.class_weights.norm(dim=2).mean()
+        rows = []
+        for label in sorted(gallery.classes):
+            if label not in trained:
+                mean = normalize(gallery.embeddings[gallery.labels == label]).mean(dim=0)
+                trained[label] = (length * normalize(mean, dim=0)).expand_as(self.class_weights[0])
+            rows.append(trained[label])
+        return torch.stack(rows)
+
+    def _scores_of_known(self) -> np.ndarray:
+        """Scores of known items that the detector has not seen: the calibration role, and the enrolled examples,
+        each scored by a detector that was fitted without it (of a class with one example there is none)."""
+        gallery = self.gallery
+        known = set(gallery.classes.values())
+        kept = torch.tensor([n in known for n in self.calibration.names], dtype=torch.bool)
+        scores = [self.detector.score(self.calibration.embeddings[kept])]
+        fold = _folds(gallery)
+        for f in range(int(fold.max()) + 1):
+            rest = replace(gallery, embeddings=gallery.embeddings[fold != f], labels=gallery.labels[fold != f])
+            scores.append(self._fitted_detector(rest).score(gallery.embeddings[fold == f]))
+        return torch.cat(scores).numpy()
+
+
+def _folds(gallery: Gallery) -> Tensor:
+    """The part `(R,)` in 0..FOLDS-1 of each enrolled example; −1 for references that stay in all of them.
+
+    Each class is dealt out in turn, so that whatever part is taken out, examples of it remain.
+    """
+    fold = torch.full((len(gallery),), -1)
+    for label in gallery.labels[gallery.enrolled].unique():
+        members = ((gallery.labels == label) & gallery.enrolled).nonzero()[:, 0]
+        n = int((gallery.labels == label).sum())
+        if n > 1:
+            fold[members] = torch.arange(len(members)) % min(FOLDS, n)
+    return fold
+
+
+def _class_ids(labels: Sequence | ArrayLike) -> dict[str, int]:
+    """The id of each class name: integers are their own, names are numbered in order."""
+    values = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+    if all(isinstance(v, int) for v in values):
+        if UNKNOWN in values:
+            raise OsmlError(f"labels hold UNKNOWN ({UNKNOWN}): a recognizer is fitted on known items, leave these out")
+        return {str(v): v for v in sorted(set(values))}
+    return {n: i for i, n in enumerate(sorted({str(v) for v in values}))}
+
+
+def _held_out(names: Sequence[str], seed: int) -> np.ndarray:
+    """Bool `(N,)`: a fifth of each class, at least one of every class that has two."""
+    names = np.array(names)
+    aside = np.zeros(len(names), dtype=bool)
+    draw = np.random.default_rng(seed)
+    for name in np.unique(names):
+        members = draw.permutation(np.flatnonzero(names == name))
+        aside[members[: max(len(members) // 5, int(len(members) > 1))]] = True
+    return aside

@@ -1,0 +1,27 @@
+"""Thresholds by name: `create("conformal", alpha=0.05).fit(scores).decide(scores)`."""
+
+from __future__ import annotations
+
+from .base import Threshold, registry
+from .conformal import Conformal, Guarantee, guarantee, p_values
+from .fixed import Fixed
+from .max_f1 import MaxF1
+from .quantile import Quantile
+from .target_rate import TargetRate
+
+create = registry.create
+names = registry.names
+
+__all__ = [
+    "Conformal",
+    "Fixed",
+    "Guarantee",
+    "MaxF1",
+    "Quantile",
+    "TargetRate",
+    "Threshold",
+    "create",
+    "guarantee",
+    "names",
+    "p_values",
+]

@@ -1,0 +1,17 @@
+"""A threshold that is given."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .base import Threshold
+
+
+class Fixed(Threshold, name="fixed"):
+    """τ = `tau`, whatever the scores are."""
+
+    def __init__(self, *, tau: float):
+        self.tau = float(tau)
+
+    def _tau(self, known: np.ndarray, unknown: np.ndarray) -> float:
+        return self.tau

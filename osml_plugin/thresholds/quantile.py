@@ -1,0 +1,20 @@
+"""An empirical quantile of known scores."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .base import Threshold, checked_rate
+
+
+class Quantile(Threshold, name="quantile"):
+    """The smallest τ that accepts at least the share `accepted` of the known items it is fitted on.
+
+    It promises nothing for new items; `conformal` does.
+    """
+
+    def __init__(self, *, accepted: float = 0.95):
+        self.accepted = checked_rate("accepted", accepted)
+
+    def _tau(self, known: np.ndarray, unknown: np.ndarray) -> float:
+        return np.quantile(known, self.accepted, method="inverted_cdf")

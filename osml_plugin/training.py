@@ -1,0 +1,225 @@
+"""A training run on pytorch-metric-learning's parts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from pytorch_metric_learning.trainers import MetricLossOnly
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from . import optimizers, pml, trunks
+from .config import Config
+from .embedding import EmbeddingModel, autocast, default_device
+from .errors import OsmlError
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch: PML's samplers and miners draw from NumPy's global state."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - the state that PML reads
+    torch.manual_seed(seed)
+
+
+def build_model(config: Config, *, channels: int, size: int, factories: Sequence[str] | None = None) -> EmbeddingModel:
+    """The untrained network for images `(channels, size, size)`, or for vectors of width `size` (channels = 0)."""
+    name, args = config.model.trunk.name, config.model.trunk.args
+    if name == "auto":
+        name = "identity" if channels == 0 else "small_cnn" if size <= 64 else "resnet18"
+    if (name == "identity") != (channels == 0):
+        raise OsmlError("trunk 'identity' is for embeddings files, and they take no other: set model.trunk to auto")
+    trunk = trunks.build(name, args, channels=channels, factories=factories)
+    if config.model.weights is not None:
+        trunks.load_weights(trunk, name, config.model.weights)
+    trunk.requires_grad_(not config.model.frozen)
+    shape = (2, size) if channels == 0 else (2, channels, size, size)
+    width = feature_width(trunk, torch.zeros(shape))
+    embedder = config.model.embedder
+    if embedder == "auto":
+        embedder = "linear" if channels or epochs(config, channels) else "identity"
+    return EmbeddingModel(trunk, build_embedder(embedder, width, config.model.embedding_size), config.model.unit_norm)
+
+
+def build_embedder(name: str, width: int, embedding_size: int) -> nn.Module:
+    if name == "identity":
+        return nn.Identity()
+    if name == "linear":
+        return nn.Linear(width, embedding_size)
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, embedding_size))
+
+
+def epochs(config: Config, channels: int) -> int:
+    """How many epochs `auto` stands for: embeddings files are taken as they are."""
+    if config.training.epochs != "auto":
+        return config.training.epochs
+    return 30 if channels else 0
+
+
+@torch.no_grad()
+def feature_width(trunk: nn.Module, batch: torch.Tensor) -> int:
+    """Width F of the trunk's features `(N, F)`."""
+    training = trunk.training
+    try:
+        features = trunk.eval()(batch)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise OsmlError(
+            f"the trunk cannot take a batch of shape {tuple(batch.shape)} ({str(error).splitlines()[0]}): "
+            "set data.image_size or data.channels, or choose another trunk"
+        ) from error
+    finally:
+        trunk.train(training)
+    if not isinstance(features, torch.Tensor) or features.ndim != 2:
+        raise OsmlError("a trunk must return features of shape (items, width): end it with pooling and nn.Flatten()")
+    return features.shape[1]
+
+
+def train_model(
+    model: EmbeddingModel,
+    dataset: Dataset,
+    labels: Sequence[int],
+    config: Config,
+    *,
+    n_epochs: int,
+    workers: int = 0,
+    device: torch.device | str | None = None,
+    end_of_epoch_hook: Callable | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Train `model` in place with the configured loss, miner and sampler; returns the loss, which holds the proxies.
+
+    Args:
+        dataset: `dataset[i]` is `(input, label)`.
+        labels: of every item, integers in 0..C-1: what samplers and classification losses need to know.
+        end_of_epoch_hook: called with the trainer, as PML does; returning False stops the run.
+
+    Raises:
+        OsmlError: for a part that refuses its arguments or these data, and for a loss that is no longer finite.
+    """
+    device = torch.device(device) if device is not None else default_device()
+    batch_size = min(config.training.batch_size, len(dataset))
+    width = feature_width(model, torch.stack([dataset[0][0]] * 2))
+    n_classes = int(max(labels)) + 1
+    loss = pml.build("loss", config.loss.name, config.loss.args, num_classes=n_classes, embedding_size=width)
+    miners = {}
+    if config.miner is not None:
+        miners["tuple_miner"] = pml.build("miner", config.miner.name, config.miner.args)
+    sampler = None
+    if config.sampler is not None:
+        sampler_args = dict(config.sampler.args)
+        # The sampler's batches must be a whole number of classes times m.
+        m = sampler_args.setdefault("m", max(2, batch_size // n_classes))
+        batch_size = min(batch_size // m, n_classes) * m or m
+        sampler = pml.build(
+            "sampler",
+            config.sampler.name,
+            sampler_args,
+            labels=torch.as_tensor(labels),
+            batch_size=batch_size,
+            epoch_length=max(len(dataset), batch_size),
+        )
+    model.to(device)
+    loss.to(device)
+    chosen = {}
+    for part, module, optimizer in [
+        ("trunk", model.trunk, config.optimizer),
+        ("embedder", model.embedder, config.optimizer),
+        ("metric_loss", loss, config.loss_optimizer or config.optimizer),
+    ]:
+        if parameters := [p for p in module.parameters() if p.requires_grad]:
+            chosen[f"{part}_optimizer"] = optimizers.build(optimizer.name, optimizer.args, parameters)
+    trainer = Trainer(
+        models={"trunk": model.trunk, "embedder": model.embedder},
+        optimizers=chosen,
+        batch_size=batch_size,
+        loss_funcs={"metric_loss": loss},
+        mining_funcs=miners,
+        dataset=dataset,
+        sampler=sampler,
+        dataloader_num_workers=workers,
+        data_device=device,
+        freeze_these=("trunk",) if config.model.frozen else (),
+        end_of_epoch_hook=end_of_epoch_hook,
+    )
+    trainer.show_progress = progress
+    trainer.cosine = config.training.schedule == "cosine"
+    trainer.seed = config.seed
+    trainer.train(num_epochs=n_epochs)
+    model.eval()
+    return loss
+
+
+class Trainer(MetricLossOnly):
+    """PML's trainer with bf16 on the GPU, pinned and seeded loading, a cosine schedule and one progress bar."""
+
+    show_progress = True
+    cosine = True
+    seed = 0
+    epoch_note = ""
+    """What an end-of-epoch hook wants to be seen beside the loss."""
+
+    def modify_schema(self) -> None:
+        # A frozen or empty part has no optimizer, and that is no reason to warn.
+        self.schema["optimizers"].important = []
+
+    def train(self, start_epoch: int = 1, num_epochs: int = 1) -> None:
+        if num_epochs < start_epoch:
+            return
+        self.initialize_dataloader()
+        steps = self.iterations_per_epoch * (num_epochs - start_epoch + 1)
+        if self.cosine:
+            self.lr_schedulers = {
+                f"{key.removesuffix('_optimizer')}_scheduler_by_iteration": torch.optim.lr_scheduler.CosineAnnealingLR(
+                    optimizer, steps
+                )
+                for key, optimizer in self.optimizers.items()
+            }
+        with tqdm(total=steps, desc="training", unit="batch", disable=not self.show_progress) as bar:
+            for epoch in range(start_epoch, num_epochs + 1):
+                self.epoch = epoch
+                self.set_to_train()
+                total = 0.0
+                for iteration in range(self.iterations_per_epoch):
+                    self.iteration = iteration
+                    self.forward_and_backward()
+                    self.end_of_iteration_hook(self)
+                    self.step_lr_schedulers(end_of_epoch=False)
+                    total += float(self.losses["total_loss"].detach())
+                    bar.update()
+                self.step_lr_schedulers(end_of_epoch=True)
+                self.epoch_loss = total / self.iterations_per_epoch
+                if not np.isfinite(self.epoch_loss):
+                    raise OsmlError(
+                        f"the loss is {self.epoch_loss} in epoch {self.epoch}: lower optimizer.lr, or the loss's scale"
+                    )
+                self.zero_losses()
+                go_on = self.end_of_epoch_hook(self)
+                bar.set_postfix_str(f"epoch {self.epoch}/{num_epochs}, loss {self.epoch_loss:.3f}{self.epoch_note}")
+                if go_on is False:
+                    break
+
+    def initialize_dataloader(self) -> None:
+        whole = len(self.dataset) // self.batch_size >= 1
+        self.dataloader = DataLoader(
+            self.dataset,
+            self.batch_size,
+            shuffle=self.sampler is None,
+            sampler=self.sampler,
+            drop_last=whole,
+            num_workers=self.dataloader_num_workers,
+            pin_memory=self.data_device.type == "cuda",
+            persistent_workers=self.dataloader_num_workers > 0,
+            generator=torch.Generator().manual_seed(self.seed),
+            collate_fn=self.collate_fn,
+        )
+        self.iterations_per_epoch = self.iterations_per_epoch or len(self.dataloader)
+        self.dataloader_iter = iter(self.dataloader)
+
+    def compute_embeddings(self, data: torch.Tensor) -> torch.Tensor:
+        with autocast(self.data_device):
+            embeddings = super().compute_embeddings(data.to(self.data_device, non_blocking=True))
+        # PML's losses cast their proxies to the embeddings' type, and bf16 would round these away.
+        return embeddings.float()
