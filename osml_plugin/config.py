@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from . import detectors, optimizers, pml, thresholds, trunks
 from .data.roles import Fractions
 from .errors import OsmlError, unknown_name
+from .registry import check_arguments
 
 
 class Part(BaseModel):
@@ -118,7 +119,9 @@ class Config(Section):
     @classmethod
     def _can_be_made(cls, part: Part, info) -> Part:
         registry = {"detector": detectors, "threshold": thresholds}[info.field_name]
-        if part.name != "auto" or info.field_name == "threshold":
+        if info.field_name == "detector" and part.name == "auto":
+            check_arguments("detector", "auto", part.args, [])
+        else:
             registry.create(part.name, **part.args)
         return part
 
@@ -176,18 +179,21 @@ def _in_one_line(error: ValidationError) -> OsmlError:
     first = error.errors()[0]
     if isinstance(cause := (first.get("ctx") or {}).get("error"), OsmlError):
         return cause
-    path = [str(p) for p in first["loc"]]
+    section: Any = Config
+    path: list[str] = []
+    for step in map(str, first["loc"]):  # what is no field is one of the forms that a field may have
+        if step in _fields(section):
+            path.append(step)
+            section = section.model_fields[step].annotation if hasattr(section, "model_fields") else None
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        section: Any = Config
-        for step in path[:-1]:
-            section = section.model_fields[step].annotation
-        return unknown_name("configuration key", ".".join(path), [".".join([*path[:-1], f]) for f in _fields(section)])
-    where = ".".join(p for p in path if not re.search(r"[\[\]]|^(int|float|str|literal)", p))
-    return OsmlError(f"configuration key '{where}' = {first['input']!r} is wrong: {first['msg']}")
+        wrong = ".".join([*path, str(first["loc"][-1])])
+        return unknown_name("configuration key", wrong, [".".join([*path, f]) for f in _fields(section)])
+    return OsmlError(f"configuration key '{'.'.join(path)}' = {first['input']!r} is wrong: {first['msg']}")
 
 
 def _fields(section: Any) -> Iterable[str]:
-    return section.model_fields if hasattr(section, "model_fields") else section.__dataclass_fields__
+    """The keys of a section, which is a pydantic model or a dataclass; a plain value has none."""
+    return getattr(section, "model_fields", None) or getattr(section, "__dataclass_fields__", ())
 
 
 class _Loader(yaml.SafeLoader):

@@ -45,6 +45,7 @@ _NOT_FOR_LABELS = {
     "GenericPairLoss": "it takes a function, not keywords",
     "SelfSupervisedLoss": "it needs two views of each item, not labels",
     "VICRegLoss": "it needs two views of each item, not labels",
+    "ManifoldLoss": "it takes no labels",
     "BaseMiner": "it is a base class",
     "BaseDistance": "it is a base class",
     "BaseReducer": "it is a base class",

@@ -85,6 +85,8 @@ class OpenSetRecognizer:
     calibration: LabelledEmbeddings | None = field(default=None, init=False)
     validation: LabelledEmbeddings | None = field(default=None, init=False)
     class_weights: Tensor | None = field(default=None, init=False)
+    calibration_scores: np.ndarray | None = field(default=None, init=False)
+    """Unknown scores of known items that the detector has not seen; what thresholds and p-values rest on."""
     proxy_ids: list[int] = field(default_factory=list, init=False)
     """The class id of each row of `class_weights`."""
     details: dict[str, Any] = field(default_factory=dict, init=False)
@@ -168,21 +170,21 @@ class OpenSetRecognizer:
     def keep_rate(self, alpha: float) -> OpenSetRecognizer:
         """Fit a conformal threshold at another share of known items that may be rejected."""
         self.threshold, self.alpha = thresholds.create("conformal", alpha=alpha), alpha
-        self.threshold.fit(self._calibration_scores)
+        self.threshold.fit(self.calibration_scores)
         return self
 
     def refit(self) -> None:
         """Fit detector and threshold on the gallery and the held-out items that are here now."""
         gallery = self._fitted_gallery()
         self.detector = self._fitted_detector(gallery)
-        self._calibration_scores = self._scores_of_known()
+        self.calibration_scores = self._scores_of_known()
         if self.threshold.needs_unknown:
             if self.validation is not None:
                 known = set(gallery.classes.values())
                 is_unknown = np.array([n not in known for n in self.validation.names], dtype=bool)
                 self.threshold.fit(self.detector.score(self.validation.embeddings), is_unknown=is_unknown)
-        elif len(self._calibration_scores):
-            self.threshold.fit(self._calibration_scores)
+        elif len(self.calibration_scores):
+            self.threshold.fit(self.calibration_scores)
         if self.threshold.tau is None:
             missing = (
                 "validation items, known and pseudo-unknown" if self.threshold.needs_unknown else "calibration items"
@@ -200,7 +202,7 @@ class OpenSetRecognizer:
         """What can be promised of the share of known items rejected; None for thresholds that promise nothing."""
         if not isinstance(self.threshold, thresholds.Conformal):
             return None
-        return thresholds.guarantee(len(self._calibration_scores), self.threshold.alpha)
+        return thresholds.guarantee(len(self.calibration_scores), self.threshold.alpha)
 
     def embed(self, items: Sequence | ArrayLike, progress: str | None = None) -> Tensor:
         """Embeddings `(N, D)` of images (files, PIL images, uint8 arrays or tensors); embeddings pass through."""
@@ -230,14 +232,14 @@ class OpenSetRecognizer:
         labels, scores = self.detector.predict(embeddings)
         rejected = self.threshold.decide(scores)
         nearest = tuple(gallery.classes[i] for i in labels.tolist())
-        calibrated = len(self._calibration_scores) > 0
+        calibrated = len(self.calibration_scores) > 0
         return Recognition(
             labels=np.where(rejected, UNKNOWN, labels.numpy()),
             names=tuple(None if r else n for r, n in zip(rejected, nearest, strict=True)),
             nearest=nearest,
             scores=scores.numpy(),
             threshold=self.threshold.tau,
-            p_values=thresholds.p_values(scores, self._calibration_scores) if calibrated else None,
+            p_values=thresholds.p_values(scores, self.calibration_scores) if calibrated else None,
             neighbours=tuple(tuple(row) for row in gallery.neighbors(embeddings, neighbours)) if neighbours else (),
         )
 

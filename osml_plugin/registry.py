@@ -42,7 +42,8 @@ class Registry(Generic[T]):
         return self._classes[name]
 
     def parameters(self, name: str) -> list[str]:
-        return [p for p in inspect.signature(self.get(name).__init__).parameters if p != "self"]
+        parameters = inspect.signature(self.get(name)).parameters.values()
+        return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
 
     def create(self, name: str, **params) -> T:
         cls = self.get(name)

@@ -218,6 +218,15 @@ class Trainer(MetricLossOnly):
         self.iterations_per_epoch = self.iterations_per_epoch or len(self.dataloader)
         self.dataloader_iter = iter(self.dataloader)
 
+    def calculate_loss(self, curr_batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+        try:
+            super().calculate_loss(curr_batch)
+        except (AssertionError, ValueError) as error:
+            name = type(self.loss_funcs["metric_loss"]).__name__
+            raise OsmlError(
+                f"loss '{name}', or the miner, refuses a batch: {error or 'see its documentation'}"
+            ) from error
+
     def compute_embeddings(self, data: torch.Tensor) -> torch.Tensor:
         with autocast(self.data_device):
             embeddings = super().compute_embeddings(data.to(self.data_device, non_blocking=True))

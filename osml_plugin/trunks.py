@@ -21,23 +21,27 @@ _ONE_OUTPUT = {name: {"aux_logits": False, "init_weights": True} for name in ("g
 
 
 class SmallCNN(nn.Module):
-    """Three double convolutions for images of 8 to 64 pixels; the last map is pooled to 2 × 2 and flattened."""
+    """Three convolutions for images of 8 to 64 pixels; the last map is pooled to 2 × 2 and flattened."""
 
     def __init__(self, channels: int = 1, width: int = 32, dropout: float = 0.0):
         super().__init__()
-        layers: list[nn.Module] = []
-        for i, out in enumerate((width, 2 * width, 4 * width)):
-            layers += _conv(channels, out) + _conv(out, out)
-            channels = out
-            if i < 2:
-                layers.append(nn.MaxPool2d(2))
-        self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(dropout))
+        self.layers = nn.Sequential(
+            *_convolution(channels, width),
+            nn.MaxPool2d(2),
+            *_convolution(width, 2 * width),
+            nn.MaxPool2d(2),
+            *_convolution(2 * width, 4 * width),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Dropout(dropout),
+        ).to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images)
+        # Channels last is a third faster on a CPU.
+        return self.layers(images.contiguous(memory_format=torch.channels_last))
 
 
-def _conv(inputs: int, outputs: int) -> list[nn.Module]:
+def _convolution(inputs: int, outputs: int) -> list[nn.Module]:
     return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
 
 

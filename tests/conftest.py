@@ -1,0 +1,42 @@
+"""Real data that ship with a dependency, and embeddings with known geometry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch.nn.functional import normalize
+
+
+@pytest.fixture(scope="session")
+def digits_folder(tmp_path_factory) -> Path:
+    """scikit-learn's digits as `DIR/<class>/*.png`, 40 images a class."""
+    root = tmp_path_factory.mktemp("digits")
+    digits = load_digits()
+    for label in range(10):
+        (root / str(label)).mkdir()
+        for i in np.flatnonzero(digits.target == label)[:40]:
+            pixels = (digits.images[i] * 255 / 16).astype(np.uint8)
+            Image.fromarray(pixels).save(root / str(label) / f"{i:04d}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def digit_vectors() -> tuple[np.ndarray, np.ndarray]:
+    """The digits as unit-norm vectors `(1797, 64)` and their labels: embeddings that need no network."""
+    digits = load_digits()
+    vectors = digits.data.astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True), digits.target
+
+
+def sphere_classes(n_classes: int, per_class: int, width: int = 16, spread: float = 0.15, seed: int = 0):
+    """Unit-norm embeddings around random class directions: `(embeddings, labels, directions)`."""
+    draw = torch.Generator().manual_seed(seed)
+    directions = normalize(torch.randn(n_classes, width, generator=draw))
+    labels = torch.arange(n_classes).repeat_interleave(per_class)
+    noise = spread * torch.randn(len(labels), width, generator=draw)
+    return normalize(directions[labels] + noise), labels, directions

@@ -1,0 +1,305 @@
+"""One contract for every detector in the registry, and for each a slow, obvious twin."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from conftest import sphere_classes
+from sklearn.covariance import ShrunkCovariance
+from sklearn.neighbors import NearestNeighbors
+from torch.nn.functional import normalize
+
+from osml_plugin import UNKNOWN, OsmlError, detectors
+from osml_plugin.neighbors import NeighborIndex
+
+ALL = detectors.names()
+SPACES = {name: detectors.registry.get(name).search_space for name in ALL}
+VARIANTS = [(name, {p: value}) for name in ALL for p, values in SPACES[name].items() for value in values]
+EVERY = [(n, {}) for n in ALL] + VARIANTS
+IDS = [f"{n}{p or ''}" for n, p in EVERY]
+
+
+@pytest.fixture(scope="module")
+def data():
+    embeddings, index, directions = sphere_classes(n_classes=5, per_class=40)
+    labels = torch.tensor([7, 2, 30, 11, 4])[index]  # neither contiguous nor in order
+    weights = 16 * directions[torch.tensor([1, 4, 0, 3, 2])]  # in the order of the labels 2, 4, 7, 11, 30
+    queries = normalize(torch.randn(60, 16, generator=torch.Generator().manual_seed(1)))
+    return embeddings, labels, weights, queries
+
+
+def fitted(name, params, data):
+    embeddings, labels, weights, _ = data
+    return detectors.create(name, **params).fit(embeddings, labels, weights)
+
+
+@pytest.mark.parametrize(("name", "params"), EVERY, ids=IDS)
+class TestContract:
+    def test_params_make_it_again(self, name, params, data):
+        detector = detectors.create(name, **params)
+        assert detector.params.items() >= params.items()
+        again = fitted(name, detector.params, data)
+        assert torch.equal(again.score(data[3]), fitted(name, params, data).score(data[3]))
+
+    def test_unfitted_raises(self, name, params, data, tmp_path):
+        detector = detectors.create(name, **params)
+        with pytest.raises(OsmlError, match="not fitted"):
+            detector.score(data[3])
+        with pytest.raises(OsmlError, match="not fitted"):
+            detector.save(tmp_path / "detector")
+
+    def test_scores_and_classes(self, name, params, data):
+        embeddings, labels, _, queries = data
+        detector = fitted(name, params, data)
+        classes, scores = detector.predict(queries)
+        assert scores.shape == classes.shape == (60,) and scores.dtype == torch.float32
+        assert torch.equal(scores, detector.score(queries)) and scores.isfinite().all()
+        assert set(classes.tolist()) <= set(labels.tolist())
+        assert (detector.predict(embeddings)[0] == labels).float().mean() > 0.97
+
+    def test_unknown_scores_higher(self, name, params, data):
+        embeddings, _, _, queries = data
+        detector = fitted(name, params, data)
+        assert detector.score(queries).median() > detector.score(embeddings).quantile(0.9)
+
+    def test_refit_forgets(self, name, params, data):
+        other = sphere_classes(n_classes=3, per_class=25, seed=9)
+        detector = detectors.create(name, **params).fit(other[0], other[1], 9 * other[2])
+        embeddings, labels, weights, queries = data
+        assert torch.equal(
+            detector.fit(embeddings, labels, weights).score(queries), fitted(name, params, data).score(queries)
+        )
+
+    def test_order_of_references_does_not_matter(self, name, params, data):
+        embeddings, labels, weights, queries = data
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(2))
+        shuffled = detectors.create(name, **params).fit(embeddings[order], labels[order], weights)
+        close(shuffled.score(queries), fitted(name, params, data).score(queries))
+
+    def test_subsets_and_chunks_do_not_matter(self, name, params, data):
+        queries = data[3]
+        detector = fitted(name, params, data)
+        whole = detector.score(queries)
+        close(detector.score(queries[10:20]), whole[10:20])
+        close(torch.cat([detector.score(q[None]) for q in queries]), whole)
+        detector.chunk_size = 7
+        close(detector.score(queries), whole)
+        assert detector.score(queries[:0]).shape == (0,)
+
+    def test_a_class_of_one_example(self, name, params, data):
+        embeddings, labels, weights, _ = data
+        alone = -embeddings.mean(dim=0, keepdim=True)
+        alone = normalize(alone)
+        detector = detectors.create(name, **params).fit(
+            torch.cat([embeddings, alone]), torch.cat([labels, torch.tensor([99])]), torch.cat([weights, 16 * alone])
+        )
+        classes, scores = detector.predict(alone)
+        assert classes.tolist() == [99] and scores <= detector.score(embeddings).quantile(0.99)
+
+    def test_one_example_of_every_class(self, name, params, data):
+        _, labels, weights, queries = data
+        detector = detectors.create(name, **params).fit(normalize(weights), labels.unique(), weights)
+        assert detector.score(queries).isfinite().all()
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+    def test_precisions(self, name, params, data, dtype):
+        embeddings, labels, weights, queries = data
+        detector = detectors.create(name, **params).fit(embeddings.to(dtype), labels, weights.to(dtype))
+        scores, expected = detector.score(queries.to(dtype)), fitted(name, params, data).score(queries)
+        assert scores.dtype == torch.float32
+        rank = scipy.stats.spearmanr(scores, expected).statistic
+        assert rank > (0.98 if dtype == torch.float16 else 0.9999999)
+
+    def test_numpy_serves_too(self, name, params, data):
+        embeddings, labels, weights, queries = data
+        detector = detectors.create(name, **params).fit(embeddings.numpy(), labels.numpy(), weights.numpy())
+        assert torch.equal(detector.score(queries.numpy()), fitted(name, params, data).score(queries))
+
+    def test_inputs_are_left_alone(self, name, params, data):
+        before = [t.clone() for t in data]
+        embeddings, labels, weights, queries = (t.clone() for t in data)
+        detector = detectors.create(name, **params).fit(embeddings, labels, weights)
+        expected = detector.score(queries)
+        assert all(torch.equal(a, b) for a, b in zip((embeddings, labels, weights, queries), before, strict=True))
+        embeddings.zero_(), weights.zero_()  # nor does the detector depend on them afterwards
+        assert torch.equal(detector.score(queries), expected)
+
+    def test_save_and_load(self, name, params, data, tmp_path):
+        detector = fitted(name, params, data)
+        detector.save(tmp_path / "detector")
+        loaded = detectors.Detector.load(tmp_path / "detector")
+        assert type(loaded) is type(detector) and loaded.params == detector.params
+        for mine, theirs in zip(detector.predict(data[3]), loaded.predict(data[3]), strict=True):
+            assert torch.equal(mine, theirs)
+
+    def test_a_far_point_is_unknown(self, name, params, data):
+        if detectors.registry.get(name).far_point_exception:
+            assert len(detectors.registry.get(name).far_point_exception) > 20  # it says why not
+            return
+        embeddings = data[0]
+        detector = fitted(name, params, data)
+        # The direction that is farthest from every training point.
+        candidates = normalize(torch.randn(2000, 16, generator=torch.Generator().manual_seed(3)))
+        far = candidates[(candidates @ embeddings.T).amax(dim=1).argmin()]
+        assert detector.score(far[None]) > detector.score(embeddings).max()
+
+    def test_gradients_are_not_kept(self, name, params, data):
+        embeddings, labels, weights, queries = data
+        detector = detectors.create(name, **params).fit(embeddings.requires_grad_(), labels, weights)
+        embeddings.requires_grad_(False)
+        assert not detector.score(queries.clone().requires_grad_()).requires_grad
+
+    @pytest.mark.parametrize(
+        ("spoil", "message"),
+        [
+            (lambda e, y: (e[:, 0], y), "shape"),
+            (lambda e, y: (e.index_fill(0, torch.tensor([3]), torch.nan), y), "1 of 200 embeddings hold NaN.*row 3"),
+            (lambda e, y: (e.index_fill(0, torch.tensor([3]), torch.inf), y), "infinity"),
+            (lambda e, y: (e, y[:-1]), "labels must be integers of shape"),
+            (lambda e, y: (e, y.float()), "labels must be integers"),
+            (lambda e, y: (e, y.index_fill(0, torch.tensor([0]), UNKNOWN)), "UNKNOWN"),
+            (lambda e, y: (e[:0], y[:0]), "no embeddings"),
+            (lambda e, y: (e.int(), y), "floating point"),
+        ],
+    )
+    def test_bad_input_is_refused(self, name, params, data, spoil, message):
+        embeddings, labels, weights, _ = data
+        with pytest.raises(OsmlError, match=message):
+            detectors.create(name, **params).fit(*spoil(embeddings, labels), weights)
+
+    def test_wrong_width_is_refused(self, name, params, data):
+        with pytest.raises(OsmlError, match="9 wide, but the detector was fitted on 16"):
+            fitted(name, params, data).score(torch.zeros(3, 9))
+
+    def test_class_weights_are_asked_for(self, name, params, data):
+        embeddings, labels, weights, queries = data
+        detector = detectors.create(name, **params)
+        if not detector.needs_class_weights:
+            assert torch.equal(
+                detector.fit(embeddings, labels).score(queries), fitted(name, params, data).score(queries)
+            )
+            return
+        with pytest.raises(OsmlError, match="needs class weights"):
+            detector.fit(embeddings, labels)
+        with pytest.raises(OsmlError, match=r"class weights must be of shape \(5, 16\)"):
+            detector.fit(embeddings, labels, weights[:4])
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_unknown_names_show_the_nearest():
+    with pytest.raises(OsmlError, match=r"did you mean 'mahalanobis'.*choices: centroid, energy"):
+        detectors.create("mahalanobi")
+    with pytest.raises(OsmlError, match="unknown argument of detector 'knn' 'K': did you mean 'k'"):
+        detectors.create("knn", K=3)
+    with pytest.raises(OsmlError, match="'centroid' takes no arguments"):
+        detectors.create("centroid", k=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [("knn", {"k": 0}), ("knn", {"k": 2.5}), ("mahalanobis", {"shrinkage": 0}), ("energy", {"temperature": -1})],
+)
+def test_parameters_out_of_range_are_refused(name, params):
+    with pytest.raises(OsmlError, match="got"):
+        detectors.create(name, **params)
+
+
+# Twins ------------------------------------------------------------------------------------------------------
+
+
+def test_centroid_is_one_minus_the_best_cosine(data):
+    embeddings, labels, _, queries = data
+    expected = []
+    for q in queries:
+        cosines = []
+        for c in labels.unique():
+            mean = embeddings[labels == c].mean(dim=0)
+            cosines.append(float(q @ mean / (q.norm() * mean.norm())))
+        expected.append(1 - max(cosines))
+    close(detectors.create("centroid").fit(embeddings, labels).score(queries), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("k", [1, 3, 39, 40, 100])
+def test_knn_is_the_nearest_class_by_its_kth_reference(data, k):
+    embeddings, labels, _, queries = data
+    small = torch.cat([embeddings, embeddings[:2] * -1])  # a class of two
+    small_labels = torch.cat([labels, torch.tensor([50, 50])])
+    expected, classes = [], []
+    for q in queries:
+        kth = {}
+        for c in small_labels.unique().tolist():
+            distances = sorted(float((q - r).norm()) for r in small[small_labels == c])
+            kth[c] = distances[min(k, len(distances)) - 1]
+        classes.append(min(kth, key=kth.get))
+        expected.append(kth[classes[-1]])
+    found_classes, found = detectors.create("knn", k=k).fit(small, small_labels).predict(queries)
+    close(found, torch.tensor(expected))
+    assert found_classes.tolist() == classes
+
+
+def test_knn_with_one_class_is_scikit_learns(data):
+    embeddings, _, _, queries = data
+    distances, _ = NearestNeighbors(n_neighbors=7, algorithm="brute").fit(embeddings).kneighbors(queries)
+    found = detectors.create("knn", k=7).fit(embeddings, torch.zeros(len(embeddings), dtype=torch.long)).score(queries)
+    close(found, torch.from_numpy(distances[:, -1]).float())
+
+
+@pytest.mark.parametrize("shrinkage", [0.01, 0.3])
+def test_mahalanobis_is_scikit_learns_shrunk_covariance(data, shrinkage):
+    embeddings, labels, _, queries = data
+    means = {c: embeddings[labels == c].double().mean(0).numpy() for c in labels.unique().tolist()}
+    centred = np.stack([e.double().numpy() - means[c] for e, c in zip(embeddings, labels.tolist(), strict=True)])
+    precision = ShrunkCovariance(shrinkage=shrinkage, assume_centered=True).fit(centred).precision_
+    distances = [[(q - m) @ precision @ (q - m) for m in means.values()] for q in queries.double().numpy()]
+    expected = np.min(distances, axis=1)
+    found = detectors.create("mahalanobis", shrinkage=shrinkage).fit(embeddings, labels).score(queries)
+    close(found, torch.from_numpy(expected).float())
+
+    everything = embeddings.double().numpy()
+    background = ShrunkCovariance(shrinkage=shrinkage).fit(everything)
+    expected = expected - background.mahalanobis(queries.double().numpy())
+    found = detectors.create("relative_mahalanobis", shrinkage=shrinkage).fit(embeddings, labels).score(queries)
+    close(found, torch.from_numpy(expected).float())
+
+
+def test_logit_scores_are_their_formulas(data):
+    embeddings, labels, weights, queries = data
+    logits = (queries.double() @ weights.double().T).numpy()
+    p = scipy.special.softmax(logits / 2, axis=1)
+    expected = {
+        ("max_logit", ()): -logits.max(axis=1),
+        ("energy", (("temperature", 2.0),)): -2 * scipy.special.logsumexp(logits / 2, axis=1),
+        ("msp", (("temperature", 2.0),)): 1 - p.max(axis=1),
+        ("entropy", (("temperature", 2.0),)): scipy.stats.entropy(p, axis=1),
+    }
+    for (name, params), scores in expected.items():
+        found = detectors.create(name, **dict(params)).fit(embeddings, labels, weights).score(queries)
+        close(found, torch.from_numpy(scores).float())
+
+
+def test_several_proxies_a_class_count_as_their_best(data):
+    embeddings, labels, weights, queries = data
+    worse = torch.stack([weights - 1, weights], dim=1)
+    two = detectors.create("max_logit").fit(embeddings, labels, worse).score(queries)
+    by_hand = torch.maximum(queries @ (weights - 1).T, queries @ weights.T).amax(dim=1)
+    close(two, -by_hand)
+
+
+def test_msp_stays_exact_where_softmax_saturates():
+    weights = torch.eye(3) * 60
+    scores = detectors.create("msp").fit(torch.eye(3), torch.arange(3), weights).score(torch.eye(3)[:1])
+    assert 0 < float(scores) < 1e-20  # 1 − p in float32 would be 0, and rank nothing
+
+
+def test_approximate_search_finds_almost_the_same():
+    references = normalize(torch.randn(3000, 16, generator=torch.Generator().manual_seed(0)))
+    queries = normalize(torch.randn(200, 16, generator=torch.Generator().manual_seed(1)))
+    exact, _ = NeighborIndex(references).search(queries, 10)
+    approximate, _ = NeighborIndex(references, exact_up_to=100).search(queries, 10)
+    assert (exact == approximate).float().mean() > 0.95
+    assert (approximate >= exact - 1e-6).all()

@@ -1,0 +1,223 @@
+"""The recognizer on embeddings whose geometry is known, and on real digits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import sphere_classes
+from torch.nn.functional import normalize
+
+from osml_plugin import UNKNOWN, OpenSetRecognizer, OsmlError, detectors, thresholds
+from osml_plugin.recognizer import FOLDS, _folds
+
+ALL = detectors.names()
+
+
+@pytest.fixture
+def data():
+    embeddings, labels, directions = sphere_classes(n_classes=6, per_class=120, spread=0.12)
+    return embeddings, labels, directions
+
+
+def fresh(labels: torch.Tensor) -> torch.Tensor:
+    """A third of the items, which `fitted` does not see."""
+    return torch.arange(len(labels)) % 3 == 0
+
+
+def fitted(data, classes=range(4), **kwargs) -> OpenSetRecognizer:
+    embeddings, labels, directions = data
+    chosen = torch.isin(labels, torch.tensor(list(classes))) & ~fresh(labels)
+    detector = kwargs.get("detector", "knn")
+    weights = 16 * directions[list(classes)] if detectors.registry.get(detector).needs_class_weights else None
+    return OpenSetRecognizer(**kwargs).fit(embeddings[chosen], labels[chosen], class_weights=weights)
+
+
+@pytest.mark.parametrize("detector", ALL)
+def test_knows_the_known_and_rejects_the_rest(data, detector):
+    recognizer = fitted(data, detector=detector)
+    embeddings, labels, _ = data
+    labels = labels[fresh(labels)]
+    answer = recognizer.predict(embeddings[fresh(data[1])])
+    known = labels.numpy() < 4
+    assert (answer.labels[known] == labels.numpy()[known]).mean() > 0.9
+    assert (answer.labels[~known] == UNKNOWN).mean() > 0.8
+    assert all((name is None) == (label == UNKNOWN) for name, label in zip(answer.names, answer.labels, strict=True))
+    assert [str(label) for label in answer.labels[known & (answer.labels >= 0)]] == [
+        name for name, k in zip(answer.names, known, strict=True) if k and name is not None
+    ]
+    assert np.array_equal(answer.labels == UNKNOWN, answer.scores > answer.threshold)
+
+
+@pytest.mark.parametrize("detector", ALL)
+def test_a_class_is_enrolled_recognised_and_forgotten(data, detector):
+    embeddings, labels, _ = data
+    recognizer = fitted(data, detector=detector)
+    new, later = embeddings[labels == 4][:60], embeddings[labels == 4][60:]
+    before = recognizer.predict(embeddings[labels == 0])
+    recognizer.enroll("otter", new)
+    assert recognizer.class_names == ["0", "1", "2", "3", "otter"] and recognizer.gallery.version == 1
+    answer = recognizer.predict(later)
+    assert np.mean([name == "otter" for name in answer.names]) > 0.85
+    assert (recognizer.predict(embeddings[labels == 0]).labels == 0).mean() > 0.9  # nothing old is lost
+    assert (recognizer.predict(embeddings[labels == 5]).labels == UNKNOWN).mean() > 0.7  # nor all taken for new
+    recognizer.forget("otter")
+    again = recognizer.predict(embeddings[labels == 0])
+    np.testing.assert_allclose(again.scores, before.scores, rtol=1e-5, atol=1e-6)
+    assert again.threshold == pytest.approx(before.threshold, rel=1e-5)
+
+
+def test_one_example_is_enough(data):
+    embeddings, labels, _ = data
+    recognizer = fitted(data)
+    recognizer.enroll("one", embeddings[labels == 4][:1])
+    assert "one" in recognizer.predict(embeddings[labels == 4][:1]).names
+
+
+def test_a_trained_class_can_be_forgotten(data):
+    embeddings, labels, _ = data
+    recognizer = fitted(data).forget("2")
+    answer = recognizer.predict(embeddings[labels == 2])
+    assert recognizer.class_names == ["0", "1", "3"] and (answer.labels == UNKNOWN).mean() > 0.8
+    assert set(recognizer.predict(embeddings[labels == 3]).labels) <= {3, UNKNOWN}  # ids stay what they were
+
+
+@pytest.mark.parametrize("detector", ["knn", "centroid", "mahalanobis"])
+@pytest.mark.parametrize("alpha", [0.05, 0.2])
+def test_the_rate_is_kept_and_is_kept_after_enrolment(detector, alpha):
+    """Over 40 draws, the mean rejection rate of known items is at most α and not far below, before and after."""
+    before, after = [], []
+    for seed in range(40):
+        embeddings, labels, _ = sphere_classes(n_classes=5, per_class=100, spread=0.2, seed=seed)
+        half = torch.arange(len(labels)) % 2 == 0
+        old = labels < 3
+        recognizer = OpenSetRecognizer(detector, alpha=alpha).fit(embeddings[old & half], labels[old & half], seed=seed)
+        before.append((recognizer.predict(embeddings[old & ~half]).labels == UNKNOWN).mean())
+        for c in (3, 4):
+            recognizer.enroll(f"new {c}", embeddings[half & (labels == c)])
+        after.append((recognizer.predict(embeddings[~half]).labels == UNKNOWN).mean())
+    for rates in (before, after):
+        error = 3 * np.std(rates) / np.sqrt(len(rates))
+        assert alpha - 0.04 - error < np.mean(rates) < alpha + error, (np.mean(rates), error)
+
+
+def test_enrolled_examples_are_scored_without_themselves(data):
+    """The slow twin: each fold taken out by hand, and the rest fitted anew."""
+    embeddings, labels, _ = data
+    recognizer = fitted(data).enroll("new", embeddings[labels == 4][:23])
+    gallery = recognizer.gallery
+    expected = []
+    members = torch.arange(len(gallery))[gallery.labels == 4]
+    for f in range(FOLDS):
+        out = members[f::FOLDS]
+        rest = torch.tensor([i for i in range(len(gallery)) if i not in out.tolist()])
+        detector = detectors.create("knn").fit(gallery.embeddings[rest], gallery.labels[rest])
+        expected += detector.score(gallery.embeddings[out]).tolist()
+    calibration = recognizer.detector.score(recognizer.calibration.embeddings).tolist()
+    assert sorted(recognizer.calibration_scores) == pytest.approx(sorted(calibration + expected), rel=1e-5)
+
+
+def test_folds_leave_something_of_every_class(data):
+    recognizer = fitted(data)
+    for n in (1, 2, 3, 7):
+        recognizer.enroll(f"class of {n}", data[0][-n:])
+    fold = _folds(recognizer.gallery)
+    for f in range(FOLDS):
+        assert set(recognizer.gallery.labels[fold != f].tolist()) == set(recognizer.gallery.classes)
+
+
+def test_p_values_of_known_items_are_uniform(data):
+    embeddings, labels, _ = sphere_classes(n_classes=4, per_class=600, spread=0.15)
+    even = torch.arange(len(labels)) % 2 == 0
+    p = OpenSetRecognizer().fit(embeddings[even], labels[even]).predict(embeddings[~even]).p_values
+    assert abs(np.mean(p <= 0.1) - 0.1) < 0.05 and abs(np.mean(p <= 0.5) - 0.5) < 0.08
+
+
+def test_neighbours_are_the_nearest_references(data):
+    recognizer = fitted(data)
+    query = data[0][:5]
+    answer = recognizer.predict(query, neighbours=4)
+    distances = torch.cdist(query, recognizer.gallery.embeddings)
+    for i, row in enumerate(answer.neighbours):
+        values, indices = distances[i].sort()
+        assert [n.distance for n in row] == pytest.approx(values[:4].tolist(), abs=1e-3)
+        assert row[-1].name == recognizer.gallery.classes[int(recognizer.gallery.labels[indices[3]])]
+    assert recognizer.predict(query, neighbours=0).neighbours == ()
+
+
+def test_discovery_finds_the_new_classes(digit_vectors):
+    vectors, labels = digit_vectors
+    half = np.random.default_rng(0).random(len(labels)) < 0.5
+    known = labels < 5
+    recognizer = OpenSetRecognizer().fit(vectors[known & half], labels[known & half])
+    groups = recognizer.discover(vectors[~known])
+    assert 3 <= groups.n_classes <= 8 and groups.labels.shape == ((~known).sum(),)
+    assert recognizer.discover(vectors[~known], n_classes=5).n_classes == 5
+
+
+@pytest.mark.parametrize("threshold", thresholds.names())
+def test_every_threshold_serves(data, threshold):
+    embeddings, labels, _ = data
+    made = thresholds.create(threshold, **({"tau": 0.7} if threshold == "fixed" else {}))
+    validation = (embeddings[labels != 3], [str(label) for label in labels[labels != 3].tolist()])
+    known = labels < 3
+    recognizer = OpenSetRecognizer(threshold=made).fit(embeddings[known], labels[known], validation=validation)
+    tau = recognizer.threshold.tau
+    assert 0.1 < tau < 1.5
+    recognizer.enroll("4", embeddings[labels == 4])
+    assert (recognizer.threshold.tau == tau) == (threshold == "fixed")
+
+
+def test_a_refused_enrolment_leaves_all_as_it_was(data):
+    recognizer = fitted(data)
+    before = recognizer.predict(data[0])
+    for name, examples, message in [
+        ("", data[0][:3], "needs a name"),
+        (" x", data[0][:3], "without blanks"),
+        ("x", data[0][:0], "no examples"),
+        ("x", torch.full((2, 16), torch.nan), "NaN"),
+        ("x", torch.zeros(2, 7), "7 wide"),
+    ]:
+        with pytest.raises(OsmlError, match=message):
+            recognizer.enroll(name, examples)
+    with pytest.raises(OsmlError, match="unknown class '33': did you mean '3'"):
+        recognizer.forget("33")
+    after = recognizer.predict(data[0])
+    assert np.array_equal(before.scores, after.scores) and recognizer.gallery.version == 0
+
+
+def test_bad_input_is_refused(data):
+    embeddings, labels, _ = data
+    with pytest.raises(OsmlError, match="not fitted"):
+        OpenSetRecognizer().predict(embeddings)
+    with pytest.raises(OsmlError, match="at least two known classes"):
+        OpenSetRecognizer().fit(embeddings[labels == 0], labels[labels == 0])
+    with pytest.raises(OsmlError, match="UNKNOWN"):
+        OpenSetRecognizer().fit(embeddings, torch.where(labels == 0, UNKNOWN, labels))
+    with pytest.raises(OsmlError, match="719 labels for 720 embeddings"):
+        OpenSetRecognizer().fit(embeddings, labels[1:])
+    with pytest.raises(OsmlError, match="7 wide"):
+        OpenSetRecognizer().fit(embeddings, labels, calibration=(embeddings[:, :7], labels))
+    with pytest.raises(OsmlError, match="7 wide"):
+        fitted(data).predict(embeddings[:, :7])
+    with pytest.raises(OsmlError, match="NaN"):
+        fitted(data).predict(torch.full((1, 16), torch.nan))
+    with pytest.raises(OsmlError, match="takes embeddings"):
+        fitted(data).predict(["a.png"])
+    with pytest.raises(OsmlError, match="needs validation items"):
+        OpenSetRecognizer(threshold="max_f1").fit(embeddings, labels)
+    with pytest.raises(OsmlError, match="the only class left"):
+        fitted(data, classes=range(2)).forget("0").forget("1")
+
+
+def test_labels_may_be_names(data):
+    embeddings, labels, _ = data
+    names = np.array(["bee", "ant", "cow", "dog", "eel", "fox"])[labels.numpy()]
+    recognizer = OpenSetRecognizer().fit(embeddings.numpy(), names)
+    assert recognizer.class_names == ["ant", "bee", "cow", "dog", "eel", "fox"]
+    assert recognizer.predict(embeddings[:1]).nearest == ("bee",) and recognizer.gallery.id_of("bee") == 1
+
+
+def test_empty_input_gives_an_empty_answer(data):
+    answer = fitted(data).predict(normalize(torch.zeros(0, 16)))
+    assert len(answer) == 0 and answer.names == ()

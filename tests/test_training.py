@@ -1,0 +1,264 @@
+"""Training with any part of PML by name, on real digits; trunks; repeatability."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from pytorch_metric_learning import losses
+from torch import nn
+from torch.nn.functional import normalize
+from torch.utils.data import TensorDataset
+
+from osml_plugin import OsmlError, pml, trunks
+from osml_plugin.config import load_config, make_config
+from osml_plugin.embedding import EmbeddingModel, embed_dataset
+from osml_plugin.hooks import OpenSetHook
+from osml_plugin.training import build_model, seed_everything, train_model
+
+ARGUMENTS = {
+    "HistogramLoss": {"n_bins": 10},
+    "RankedListLoss": {"margin": 0.4, "Tn": 10},
+    "MultipleLosses": {"losses": ["ContrastiveLoss", {"name": "CosFaceLoss", "scale": 16}]},
+    "CrossBatchMemory": {"loss": "ContrastiveLoss", "memory_size": 256},
+}
+
+
+@pytest.fixture(scope="module")
+def digits(digit_vectors):
+    vectors, labels = digit_vectors
+    chosen = labels < 5
+    images = torch.from_numpy(vectors[chosen]).view(-1, 1, 8, 8) * 4 - 1
+    return TensorDataset(images, torch.from_numpy(labels[chosen])), labels[chosen].tolist()
+
+
+def trained(digits, n_epochs=1, items=200, **config):
+    dataset, labels = digits
+    dataset = torch.utils.data.Subset(dataset, range(items))
+    config = make_config({"model": {"trunk": {"name": "small_cnn", "width": 8}, "embedding_size": 16}, **config})
+    seed_everything(config.seed)
+    model = build_model(config, channels=1, size=8)
+    loss = train_model(model, dataset, labels[:items], config, n_epochs=n_epochs, progress=False, device="cpu")
+    return model, loss
+
+
+@pytest.mark.parametrize("name", pml.names("loss"))
+def test_every_loss_trains(digits, name):
+    torch.manual_seed(0)
+    untouched = build_model(
+        make_config({"model": {"trunk": {"name": "small_cnn", "width": 8}, "embedding_size": 16}}), channels=1, size=8
+    )
+    sampler = "MPerClassSampler" if name == "SmoothAPLoss" else None  # it wants equally many of each class
+    model, loss = trained(digits, loss={"name": name, **ARGUMENTS.get(name, {})}, sampler=sampler)
+    moved = [
+        not torch.equal(a, b) for a, b in zip(model.embedder.parameters(), untouched.embedder.parameters(), strict=True)
+    ]
+    assert all(moved) and all(p.isfinite().all() for p in model.parameters())
+    weights = pml.class_weights(loss)
+    assert weights is None or (weights.shape[0] == 5 and weights.shape[2] == 16)
+
+
+@pytest.mark.parametrize("name", pml.names("miner"))
+def test_every_miner_trains(digits, name):
+    model, _ = trained(digits, miner=name, loss="TripletMarginLoss")
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", pml.names("sampler"))
+def test_every_sampler_trains(digits, name):
+    trained(digits, sampler=name)
+    trained(digits, sampler={"name": name, "m": 8}, training={"batch_size": 30})
+
+
+@pytest.mark.parametrize("name", pml.names("distance"))
+def test_every_distance_trains(digits, name):
+    trained(digits, loss={"name": "ContrastiveLoss", "distance": name})
+
+
+@pytest.mark.parametrize("name", pml.names("reducer"))
+def test_every_reducer_is_built(digits, name):
+    arguments = {"ClassWeightedReducer": {"weights": [1.0] * 5}, "ThresholdReducer": {"low": 0}}.get(name, {})
+    if name in ("DoNothingReducer", "DivisorReducer", "ClassWeightedReducer", "PerAnchorReducer"):
+        # These give no scalar, want a loss of their own kind, or a tensor: building by name is what is promised.
+        arguments = {"weights": torch.ones(5)} if name == "ClassWeightedReducer" else arguments
+        assert type(pml.build("reducer", name, arguments)).__name__ == name
+        return
+    trained(digits, loss={"name": "ContrastiveLoss", "reducer": {"name": name, **arguments}})
+
+
+def test_the_known_come_together_and_apart(digits):
+    model, _ = trained(digits, n_epochs=12, items=600)
+    embeddings, labels = embed_dataset(model, digits[0], device="cpu")
+    similarity = embeddings[600:] @ embeddings[:600].T
+    nearest = labels[:600][similarity.argmax(dim=1)]
+    assert (nearest == labels[600:]).float().mean() > 0.95
+
+
+def test_the_same_seed_gives_the_same_model(digits):
+    config = {"sampler": "MPerClassSampler", "loss": "TripletMarginLoss", "miner": "DistanceWeightedMiner"}
+    first, again = trained(digits, **config)[0].state_dict(), trained(digits, **config)[0].state_dict()
+    other = trained(digits, seed=1, **config)[0].state_dict()
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert not all(torch.equal(first[k], other[k]) for k in first)
+
+
+def test_a_frozen_trunk_does_not_move(digits):
+    config = make_config({"model": {"trunk": "small_cnn", "frozen": True}})
+    torch.manual_seed(0)
+    model = build_model(config, channels=1, size=8)
+    before = {k: v.clone() for k, v in model.trunk.state_dict().items()}
+    embedder = model.embedder.weight.clone()
+    train_model(model, digits[0], digits[1], config, n_epochs=1, progress=False, device="cpu")
+    assert all(torch.equal(v, before[k]) for k, v in model.trunk.state_dict().items())
+    assert not torch.equal(model.embedder.weight, embedder)
+
+
+def test_a_loss_that_refuses_its_batches_says_why(digits):
+    with pytest.raises(OsmlError, match=r"(?s)loss 'SmoothAPLoss', or the miner, refuses a batch.*MPerClassSampler"):
+        trained(digits, loss="SmoothAPLoss")
+
+
+def test_fewer_items_than_a_batch_train_too(digits):
+    trained(digits, items=10)
+
+
+def test_a_loss_that_explodes_says_what_to_do(digits):
+    with pytest.raises(OsmlError, match=r"the loss is (nan|inf).*lower optimizer.lr"):
+        trained(digits, optimizer={"name": "SGD", "lr": 1e38}, n_epochs=3)
+
+
+def test_patience_stops_and_gives_back_the_best(digits):
+    dataset, labels = digits
+    validation = TensorDataset(dataset.tensors[0][600:], dataset.tensors[1][600:])
+    known = [i for i, label in enumerate(labels[:600]) if label < 4]
+    reference = TensorDataset(dataset.tensors[0][known], dataset.tensors[1][known])
+    config = make_config({"model": {"trunk": {"name": "small_cnn", "width": 8}}, "optimizer": {"name": "SGD", "lr": 0}})
+    seed_everything(0)
+    model = build_model(config, channels=1, size=8)
+    hook = OpenSetHook(reference, validation, patience=2)
+    train_model(
+        model,
+        reference,
+        [labels[i] for i in known],
+        config,
+        n_epochs=9,
+        progress=False,
+        device="cpu",
+        end_of_epoch_hook=hook,
+    )
+    # Only batch normalisation moves at a learning rate of 0; the run ends two epochs after the best one.
+    assert len(hook.history) == hook.best_epoch + 3 or len(hook.history) == 9
+    hook.restore_best(model)
+    assert hook.evaluate(model, "cpu").oscr == pytest.approx(hook.history[hook.best_epoch]["oscr"], abs=1e-6)
+
+
+# Proxies ----------------------------------------------------------------------------------------------------
+
+WITH_PROXIES = [n for n in pml.names("loss") if "num_classes" in pml.arguments("loss", n) and n != "MarginLoss"]
+
+
+@pytest.mark.parametrize("name", WITH_PROXIES)
+def test_class_weights_are_the_losss_own_logits(name):
+    torch.manual_seed(0)
+    loss = pml.build("loss", name, {}, num_classes=4, embedding_size=8)
+    x = normalize(torch.randn(50, 8))
+    ours = torch.einsum("nd,cpd->ncp", x, pml.class_weights(loss)).amax(dim=2)
+    if name == "SoftTripleLoss":  # softly averaged there: the best proxy bounds it, and often decides
+        theirs = loss.la * loss.get_logits(x)
+        assert (ours >= theirs - 1e-4).all() and (ours.argmax(1) == theirs.argmax(1)).float().mean() > 0.8
+        return
+    if name == "P2SGradLoss":
+        theirs = x @ normalize(loss.weight, dim=0)
+    elif name == "ProxyAnchorLoss":
+        theirs = loss.alpha * loss.get_logits(x)
+    elif name == "ProxyNCALoss":
+        theirs = -loss.softmax_scale * loss.get_logits(x) + 2 * loss.softmax_scale
+    else:
+        theirs = loss.get_logits(x)
+    torch.testing.assert_close(ours, theirs.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_losses_without_proxies_have_none():
+    assert pml.class_weights(losses.ContrastiveLoss()) is None
+
+
+# Trunks -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "efficientnet_b0", "vit_b_16", "swin_t", "vgg11"])
+def test_torchvision_trunks_lose_their_head(name):
+    trunk = trunks.build(name, {}, channels=3).eval()
+    with torch.no_grad():
+        features = trunk(torch.zeros(1, 3, 224, 224))
+    assert features.ndim == 2 and features.shape[1] != 1000
+
+
+@pytest.mark.parametrize(("size", "channels"), [(8, 1), (28, 1), (32, 3), (64, 3)])
+def test_the_small_trunk_takes_small_images(size, channels):
+    trunk = trunks.build("small_cnn", {}, channels=channels).eval()
+    assert trunk(torch.zeros(2, channels, size, size)).ndim == 2
+
+
+def test_local_weights_are_loaded_and_must_fit(tmp_path):
+    from safetensors.torch import save_file
+
+    source = trunks.build("small_cnn", {"width": 8}, channels=1)
+    save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    torch.save({"state_dict": source.state_dict()}, tmp_path / "weights.pth")
+    for file in ("weights.safetensors", "weights.pth"):
+        model = build_model(
+            make_config({"model": {"trunk": {"name": "small_cnn", "width": 8}, "weights": str(tmp_path / file)}}),
+            channels=1,
+            size=8,
+        )
+        assert all(torch.equal(v, source.state_dict()[k]) for k, v in model.trunk.state_dict().items())
+    for weights, message in [
+        (str(tmp_path / "weights.pth"), "do not fit trunk 'small_cnn'"),
+        (str(tmp_path / "absent.pth"), "no weights at"),
+    ]:
+        with pytest.raises(OsmlError, match=message):
+            build_model(make_config({"model": {"trunk": "small_cnn", "weights": weights}}), channels=1, size=8)
+
+
+def test_weights_of_torchvision_by_name():
+    with pytest.raises(OsmlError, match="unknown weights of trunk 'resnet18' 'IMAGENET': did you mean 'IMAGENET1K_V1'"):
+        trunks.load_weights(trunks.build("resnet18", {}, channels=3), "resnet18", "IMAGENET")
+
+
+def test_a_factory_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "my_trunks.py").write_text(
+        "from torch import nn\n"
+        "def tiny(features=12):\n    return nn.Sequential(nn.Flatten(), nn.LazyLinear(features))\n"
+        "def wrong():\n    return 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    trunk = trunks.build("my_trunks:tiny", {"features": 7}, channels=1)
+    assert trunk(torch.zeros(2, 1, 8, 8)).shape == (2, 7)
+    for name, args, message in [
+        ("my_trunks:tinny", {}, "cannot be imported"),
+        ("absent_module:tiny", {}, "cannot be imported"),
+        ("my_trunks:tiny", {"feature": 3}, "did you mean 'features'"),
+        ("my_trunks:wrong", {}, "must return a torch.nn.Module; it returned int"),
+    ]:
+        with pytest.raises(OsmlError, match=message):
+            trunks.build(name, args, channels=1)
+    sys.modules.pop("my_trunks")
+    with pytest.raises(OsmlError, match="--trust-factory my_trunks:tiny"):
+        trunks.build("my_trunks:tiny", {}, channels=1, factories=[])
+    assert "my_trunks" not in sys.modules  # it was not even imported
+
+
+def test_a_trunk_that_does_not_fit_the_images_says_so():
+    with pytest.raises(OsmlError, match="the trunk cannot take a batch"):
+        build_model(load_config(overrides=["model.trunk=vgg11"]), channels=1, size=32)
+
+
+def test_embedding_goes_in_order_and_leaves_the_model_as_it_was(digits):
+    model = EmbeddingModel(nn.Flatten(), nn.Sequential(nn.Linear(64, 8), nn.Dropout(0.5))).train()
+    embeddings, labels = embed_dataset(model, digits[0], batch_size=37, device="cpu")
+    assert model.training and torch.equal(labels, digits[0].tensors[1])
+    model.eval()
+    torch.testing.assert_close(embeddings, model(digits[0].tensors[0]).detach())
+    assert np.allclose(embeddings.norm(dim=1), 1, atol=1e-5)
