@@ -26,7 +26,7 @@ from osml_plugin.data import Split, open_items, test_indices
 from osml_plugin.discovery import Discovery
 from osml_plugin.evaluation import Evaluation, evaluate_embeddings
 from osml_plugin.metrics import DiscoveryMetrics, discovery_metrics
-from osml_plugin.report import Page, add_evaluation
+from osml_plugin.report import Page, add_evaluation, summary
 
 SPLIT = Split(known=("0", "1", "2", "3"), pseudo_unknown=("4", "5"), unknown=("6", "7", "8", "9"))
 NEVER_MET = "9"
@@ -79,7 +79,9 @@ def main() -> None:
     later = np.flatnonzero(~first)
 
     before = evaluate_embeddings(recognizer, embeddings[met], labels[met], seed=options.seed)
-    console.print(f"[bold]3[/] met {len(met)} images that it has not seen, {before.metrics.n_unknown_items} of unknown digits")
+    console.print(
+        f"[bold]3[/] met {len(met)} images that it has not seen, {before.metrics.n_unknown_items} of unknown digits"
+    )
     found = group_the_rejected(recognizer, embeddings[met], before, options.seed)
     console.print(f"[bold]4[/] grouped the {len(found.items)} rejected: {found.groups.n_classes} groups")
     names = dict.fromkeys(found.names)
@@ -90,8 +92,10 @@ def main() -> None:
     console.print(f"[bold]5[/] enrolled, without training: {', '.join(names)}")
 
     after = evaluate_embeddings(recognizer, embeddings[later], labels[later], seed=options.seed)
-    rows = summary(before, after, found)
-    write_page(out / "report.html", rows, before, after, found, [items.paths[i] for i in met], [items.paths[i] for i in later])
+    rows = rows_of(before, after, found)
+    write_page(
+        out / "report.html", rows, before, after, found, [items.paths[i] for i in met], [items.paths[i] for i in later]
+    )
     table = Table("", "before", "after enrolment", title="Open-set recognition of digits")
     for row in rows:
         table.add_row(*row)
@@ -118,7 +122,7 @@ def group_the_rejected(recognizer, embeddings, before: Evaluation, seed: int) ->
     return Found(rejected, groups, names, discovery_metrics(true[unknown], groups.labels[unknown]))
 
 
-def summary(before: Evaluation, after: Evaluation, found: Found) -> list[tuple[str, str, str]]:
+def rows_of(before: Evaluation, after: Evaluation, found: Found) -> list[tuple[str, str, str]]:
     """The table that a person understands."""
     b, a = before.metrics, after.metrics
     old = np.isin(after.names, SPLIT.known)
@@ -138,13 +142,19 @@ def summary(before: Evaluation, after: Evaluation, found: Found) -> list[tuple[s
         ("OSCR", f"{b.oscr:.3f}", f"{a.oscr:.3f}"),
         ("classes found / true", f"{found.groups.n_classes} / {found.metrics.n_classes_true}", ""),
         ("accuracy of the grouping", f"{found.metrics.accuracy:.1%}", ""),
-        ("old classes recognised by name", rate(before.labels != UNKNOWN, before.recognition.labels == before.labels), rate(old, answers == true)),
+        (
+            "old classes recognised by name",
+            rate(before.labels != UNKNOWN, before.recognition.labels == before.labels),
+            rate(old, answers == true),
+        ),
         ("new classes recognised by name", "0.0%", rate(new, answers == true)),
         (f"the {NEVER_MET}, never met before, rejected", "", rate(true == NEVER_MET, rejected)),
     ]
 
 
-def write_page(file: Path, rows, before: Evaluation, after: Evaluation, found: Found, met: list[Path], later: list[Path]) -> None:
+def write_page(
+    file: Path, rows, before: Evaluation, after: Evaluation, found: Found, met: list[Path], later: list[Path]
+) -> None:
     page = Page(
         "Open-set recognition of digits",
         f"A model that was trained on the digits {', '.join(SPLIT.known)} met others. It rejected them, grouped what it "
@@ -160,8 +170,10 @@ def write_page(file: Path, rows, before: Evaluation, after: Evaluation, found: F
         for g, (name, exemplars) in enumerate(zip(found.names, found.groups.exemplars, strict=True))
     ]
     page.add_images("What was rejected, grouped", cards, "The most typical of each group, with their true class.")
-    add_evaluation(page, before, met, prefix="Before: ")
-    add_evaluation(page, after, later, prefix="After: ")
+    page.add_chapter("Before enrolment", summary(before))
+    add_evaluation(page, before, met)
+    page.add_chapter("After enrolment", summary(after))
+    add_evaluation(page, after, later)
     page.write(file)
 
 

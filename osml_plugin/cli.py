@@ -138,12 +138,12 @@ def evaluate(
     """
     from . import commands
 
+    if report is not None:
+        from .report import write_report  # first, so that what it needs is asked for before the work
     result, items = commands.evaluate(
         model, data, split=split, alpha=alpha, skip_bad=skip_bad, factories=trust_factory or ()
     )
     if report is not None:
-        from .report import write_report
-
         write_report(report, result, paths=items.paths)
     figures = result.to_dict()
     if as_json:

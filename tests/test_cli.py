@@ -20,10 +20,22 @@ from osml_plugin.data import open_items, write_embeddings
 SPLIT = {"known": ["0", "1", "2", "3", "4"], "pseudo_unknown": ["5", "6"], "unknown": ["7", "8", "9"]}
 QUICK = ["--set", "training.epochs=8", "--set", "model.trunk.name=small_cnn", "--set", "training.batch_size=32"]
 COMMANDS = ["train", "evaluate", "predict", "embed", "discover", "enroll", "forget", "detectors", "losses"]
-FIGURES = (
-    "closed_set_accuracy auroc aupr_unknown aupr_known fpr95 oscr macro_f1 known_rejected unknown_rejected detector "
-    "threshold n_known_items n_unknown_items discovery"
-).split()
+FIGURES = [
+    "closed_set_accuracy",
+    "auroc",
+    "aupr_unknown",
+    "aupr_known",
+    "fpr95",
+    "oscr",
+    "macro_f1",
+    "known_rejected",
+    "unknown_rejected",
+    "detector",
+    "threshold",
+    "n_known_items",
+    "n_unknown_items",
+    "discovery",
+]
 
 
 @pytest.fixture
@@ -82,7 +94,9 @@ def test_evaluate_prints_one_object(osml, workplace, digits_folder):
     assert figures["closed_set_accuracy"] > 0.8 and figures["auroc"] > 0.7 and figures["alpha"] == 0.05
     again = osml("evaluate", workplace / "bundle", "--data", digits_folder, "--json")[1]
     assert again == out  # repeatable
-    named = osml("evaluate", workplace / "bundle", "--data", digits_folder, "--split", workplace / "split.json", "--json")
+    named = osml(
+        "evaluate", workplace / "bundle", "--data", digits_folder, "--split", workplace / "split.json", "--json"
+    )
     assert named[1] == out
 
 
@@ -195,7 +209,9 @@ def test_a_manifest_serves_too(osml, workplace, digits_folder, tmp_path, suffix)
 
 
 def test_train_and_test_folders(osml, workplace, digits_folder, tmp_path):
-    for i, (path, label) in enumerate(zip(open_items(digits_folder).paths, open_items(digits_folder).labels, strict=True)):
+    for i, (path, label) in enumerate(
+        zip(open_items(digits_folder).paths, open_items(digits_folder).labels, strict=True)
+    ):
         place = tmp_path / "data" / ("test" if i % 4 == 0 else "train") / label
         place.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, place)

@@ -4,10 +4,11 @@ import base64
 import io
 import math
 import re
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
+from importlib import import_module
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -97,13 +98,18 @@ def digits(tmp_path_factory):
     return evaluate_embeddings(recognizer, embeddings[test], names[test].tolist()), paths
 
 
+@pytest.fixture(scope="module")
+def digits_page(digits, tmp_path_factory):
+    path = tmp_path_factory.mktemp("report") / "page.html"
+    write_report(path, digits[0], paths=digits[1])
+    return Parsed(path)
+
+
 # --- the page of an evaluation ---------------------------------------------------------------------------
 
 
-def test_it_holds_every_figure_by_name_and_value_and_fetches_nothing(digits, tmp_path):
-    evaluation, paths = digits
-    write_report(tmp_path / "page.html", evaluation, paths=paths)
-    page = Parsed(tmp_path / "page.html")
+def test_it_holds_every_figure_by_name_and_value_and_fetches_nothing(digits, digits_page):
+    evaluation, page = digits[0], digits_page
     figures = asdict(evaluation.metrics) | asdict(evaluation.discovery)
     for name, value in (figures | {"threshold": evaluation.threshold, "alpha": 0.05}).items():
         at = page.texts.index(name)
@@ -112,7 +118,8 @@ def test_it_holds_every_figure_by_name_and_value_and_fetches_nothing(digits, tmp
         assert len(following[1]) > 20, "a sentence in plain words"
     assert "Share of known items called unknown; asked for: 0.05. Lower is better." in page.texts
 
-    assert not re.search(r"https?:|//[a-z]|<script|@import|url\(", page.source)
+    text = re.sub(r'src="data:image/[^"]*"', "", page.source)
+    assert len(text) < 40_000 and not re.search(r"https?:|//|src=|<script|@import|url\(", text)
     parts = {a["id"] for a in page.all("section")}
     links = [a["href"] for a in page.all("a")]
     assert len(parts) == len(links) and {link[1:] for link in links} == parts
@@ -121,27 +128,21 @@ def test_it_holds_every_figure_by_name_and_value_and_fetches_nothing(digits, tmp
     assert len(drawings) == 7  # histogram, two curves, two maps, two heat maps
     for drawing in drawings:
         assert "<script" not in drawing
-        assert set(re.findall(r"https?://[^\"]*", drawing)) <= {
-            "http://www.w3.org/2000/svg",
-            "http://www.w3.org/1999/xlink",
-            "http://www.w3.org/1999/02/22-rdf-syntax-ns#",
-            "http://creativecommons.org/ns#",
-            "http://purl.org/dc/elements/1.1/",
-            "http://purl.org/dc/dcmitype/StillImage",
-            "https://matplotlib.org/",
-            "http://www.w3.org/Graphics/SVG/1.1/DTD/svg11.dtd",
+        addresses = {a.rpartition("/")[0] for a in re.findall(r"https?://[^\"]*", drawing)}
+        assert addresses <= {
+            "http://www.w3.org/2000",
+            "http://www.w3.org/1999",
+            "http://www.w3.org/Graphics/SVG/1.1/DTD",
         }
 
 
-def test_groups_and_mistakes_show_the_right_images(digits, tmp_path):
-    evaluation, paths = digits
-    write_report(tmp_path / "page.html", evaluation, paths=paths)
-    page = Parsed(tmp_path / "page.html")
+def test_groups_and_mistakes_show_the_right_images(digits, digits_page):
+    (evaluation, paths), page = digits, digits_page
     shown = [np.array(Image.open(io.BytesIO(content)))[:, :, 0] for kind, content in page.pictures() if kind == "png"]
 
     answer, labels = evaluation.recognition, evaluation.labels
     unknown_items = [i for i in range(len(labels)) if labels[i] == UNKNOWN]
-    expected = [unknown_items[j] for exemplars in evaluation.groups.exemplars for j in exemplars[:9]]
+    expected = [unknown_items[j] for exemplars in evaluation.groups.exemplars[:40] for j in exemplars[:9]]
     n_exemplars = len(expected)
     rejected = [i for i in range(len(labels)) if labels[i] != UNKNOWN and answer.names[i] is None]
     accepted = [i for i in range(len(labels)) if labels[i] == UNKNOWN and answer.names[i] is not None]
@@ -162,18 +163,13 @@ def test_groups_and_mistakes_show_the_right_images(digits, tmp_path):
     assert {f"{len(rejected)} of {len(labels) - len(unknown_items)} items"} <= {t.split(".")[0] for t in page.texts}
 
 
-def test_images_in_memory_show_the_same_as_files(digits, tmp_path):
+def test_images_in_memory_show_the_same_as_files(digits, digits_page, tmp_path):
     evaluation, paths = digits
     images = np.stack([np.array(Image.open(path)) for path in paths])
-    write_report(tmp_path / "files.html", evaluation, paths=paths)
     write_report(tmp_path / "arrays.html", evaluation, images=images[:, :, :, None])
     thumbnails = [
-        [
-            np.array(Image.open(io.BytesIO(c)).convert("L")).tolist()
-            for kind, c in Parsed(tmp_path / name).pictures()
-            if kind == "png"
-        ]
-        for name in ("files.html", "arrays.html")
+        [np.array(Image.open(io.BytesIO(c)).convert("L")).tolist() for kind, c in page.pictures() if kind == "png"]
+        for page in (digits_page, Parsed(tmp_path / "arrays.html"))
     ]
     assert thumbnails[0] == thumbnails[1]
 
@@ -183,7 +179,7 @@ def test_without_images_items_go_by_their_numbers(plain, tmp_path):
     page = Parsed(tmp_path / "page.html")
     assert all(kind == "svg+xml" for kind, _ in page.pictures())
     unknown = np.flatnonzero(plain.labels == UNKNOWN)
-    for exemplars in plain.groups.exemplars:
+    for exemplars in plain.groups.exemplars[: sections.SHOWN_GROUPS]:
         assert ", ".join(str(i) for i in unknown[exemplars[:9]]) in page.texts
     known_rejected = np.flatnonzero((plain.labels != UNKNOWN) & (plain.recognition.labels == UNKNOWN))
     assert {str(i) for i in known_rejected[:18]} <= set(page.texts)
@@ -281,27 +277,24 @@ def test_nothing_is_written_when_a_part_fails(plain, tmp_path, monkeypatch):
 
 def test_wrong_arguments_are_one_line(plain, tmp_path):
     n = len(plain.names)
-    with pytest.raises(OsmlError, match=f"^3 images for an evaluation of {n} items: expected one each$"):
+    with pytest.raises(OsmlError, match=f"^3 images for an evaluation of {n} items: expected one for each$"):
         write_report(tmp_path / "page.html", plain, paths=["a.png"] * 3)
-    with pytest.raises(OsmlError, match="^give either the paths of the images or the images themselves, not both$"):
+    with pytest.raises(OsmlError, match=r"^give either the paths of the images or the images themselves, not both$"):
         write_report(tmp_path / "page.html", plain, paths=["a.png"] * n, images=[None] * n)
     with pytest.raises(
-        OsmlError, match="^cannot write the page '.*': No such file or directory; choose another place$"
+        OsmlError, match=r"^cannot write the page '.*': No such file or directory; choose another place$"
     ):
         Page("t", "l").write(tmp_path / "absent" / "page.html")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("module", ["matplotlib", "jinja2"])
-def test_a_missing_library_names_the_extra(module):
-    code = (
-        f"import sys; sys.modules['{module}'] = None\n"
-        "from osml_plugin.errors import OsmlError\n"
-        "try:\n    import osml_plugin.report\n"
-        "except OsmlError as error:\n    print(error)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == f"a report needs {module}: pip install 'osml-plugin[report]'\n"
+def test_a_missing_library_names_the_extra(module, monkeypatch):
+    for name in [n for n in sys.modules if n.startswith("osml_plugin.report")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(OsmlError, match=rf"^a report needs {module}: pip install 'osml-plugin\[report\]'$"):
+        import_module("osml_plugin.report")
 
 
 def test_every_figure_has_its_sentence(plain):
@@ -318,7 +311,7 @@ def test_histogram_bars_are_shares(plain):
     bars = [patch.get_data() for patch in axes.patches]
     assert len(bars) == 4  # each kind filled and outlined
     for (values, edges, _), of in zip(bars[::2], (~unknown, unknown), strict=True):
-        inside = [np.mean((scores[of] >= a) & (scores[of] < b)) for a, b in zip(edges[1:-2], edges[2:-1], strict=True)]
+        inside = [np.mean((scores[of] >= a) & (scores[of] < b)) for a, b in pairwise(edges[1:-1])]
         np.testing.assert_allclose(values[1:-1], inside)
         np.testing.assert_allclose(values.sum(), 1)
     assert axes.lines[0].get_xdata()[0] == plain.threshold
@@ -326,9 +319,9 @@ def test_histogram_bars_are_shares(plain):
 
 def test_curves_pass_through_the_operating_point_and_enclose_their_area(plain, monkeypatch):
     unknown = plain.labels == UNKNOWN
-    for figure, area, point in (
-        (pictures.roc(plain), roc_auc_score(unknown, plain.recognition.scores), None),
-        (pictures.oscr(plain), plain.metrics.oscr, None),
+    for figure, area in (
+        (pictures.roc(plain), roc_auc_score(unknown, plain.recognition.scores)),
+        (pictures.oscr(plain), plain.metrics.oscr),
     ):
         lines = figure.axes[0].lines
         curve = max(lines, key=lambda line: len(line.get_xdata())).get_xydata()
@@ -343,8 +336,7 @@ def test_curves_pass_through_the_operating_point_and_enclose_their_area(plain, m
 
 def test_confusion_is_that_of_scikit_learn(plain):
     figure = pictures.confusion(plain)
-    classes = ["ant", "bee", NASTY, "cow", "dog", "unknown"]
-    order = sorted(classes[:3])  # ids follow the sorted names
+    order = sorted(["ant", "bee", NASTY])  # ids follow the sorted names
     rows, columns = [*order, "cow", "dog"], [*order, "unknown"]
     answers = [name or "unknown" for name in plain.recognition.names]
     every = [*rows, "unknown"]

@@ -1,0 +1,348 @@
+"""Discovery: synthetic classes on the sphere, the digits, the edges, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.datasets import load_digits
+from sklearn.metrics import adjusted_rand_score, jaccard_score
+
+from osml_plugin import OsmlError
+from osml_plugin.discovery import Discovery, discover
+from osml_plugin.discovery.granularity import as_good_as_the_best, bcubed, merge, split, stability
+from osml_plugin.discovery.graph import N_NEIGHBORS, ONE_WAY, communities, neighbor_graph, own_share
+from osml_plugin.metrics import discovery_metrics
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def blobs(n_classes: int, size: int, spread: float = 0.3, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """`size` items around each of `n_classes` orthogonal directions, about `spread` from it."""
+    rng = np.random.default_rng(seed)
+    width = max(n_classes, 16)
+    centres = np.linalg.qr(rng.normal(size=(width, width)))[0][:n_classes]
+    noise = rng.normal(size=(n_classes * size, width)) * spread / np.sqrt(width)
+    return unit(np.repeat(centres, size, axis=0) + noise), np.repeat(np.arange(n_classes), size)
+
+
+def families(n_families: int, n_members: int, size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Classes in families: items, the family of each, and the member class of each."""
+    rng = np.random.default_rng(seed)
+    width = 32
+    family = np.linalg.qr(rng.normal(size=(width, width)))[0][:n_families]
+    member = np.repeat(family, n_members, axis=0) + 0.35 * unit(rng.normal(size=(n_families * n_members, width)))
+    items = np.repeat(member, size, axis=0) + 0.45 * rng.normal(size=(len(member) * size, width)) / np.sqrt(width)
+    member_of = np.repeat(np.arange(len(member)), size)
+    return unit(items), member_of // n_members, member_of
+
+
+def check(found: Discovery, n: int) -> None:
+    """What holds for every result."""
+    assert found.labels.shape == found.confidence.shape == (n,)
+    assert found.labels.dtype == np.int64
+    assert found.confidence.min() >= 0 and found.confidence.max() <= 1
+    sizes = np.bincount(found.labels[found.labels >= 0], minlength=found.n_classes)
+    assert len(sizes) == found.n_classes == len(found.exemplars)
+    assert sizes.min() >= 1 and (np.diff(sizes) <= 0).all()
+    assert found.labels.min() >= -1
+    low, high = found.n_classes_interval
+    assert 1 <= low <= found.n_classes <= high <= n
+    for group, exemplars in enumerate(found.exemplars):
+        assert 1 <= len(exemplars) <= 9 and len(set(exemplars)) == len(exemplars)
+        assert (found.labels[exemplars] == group).all()
+
+
+# Synthetic classes -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n_classes", "size"), [(1, 200), (2, 40), (5, 60), (12, 40), (4, 200), (150, 20)])
+def test_separate_classes_are_found_without_references(n_classes, size):
+    items, true = blobs(n_classes, size)
+    found = discover(items)
+    check(found, len(items))
+    assert found.granularity_source == "default"
+    assert found.n_classes == n_classes
+    assert discovery_metrics(true, found.labels).accuracy > 0.99
+
+
+@pytest.mark.parametrize(("n_known", "n_unknown", "size"), [(3, 1, 80), (4, 6, 50), (2, 4, 150), (75, 75, 20)])
+def test_separate_classes_are_found_with_references(n_known, n_unknown, size):
+    items, true = blobs(n_known + n_unknown, size)
+    known = true < n_known
+    found = discover(items[~known], known_embeddings=items[known], known_labels=true[known])
+    check(found, n_unknown * size)
+    assert found.granularity_source == "known classes"
+    assert found.n_classes == n_unknown
+    assert discovery_metrics(true[~known], found.labels).accuracy > 0.99
+
+
+def test_granularity_follows_the_references():
+    items, family, member = families(8, 4, 40)
+    known = family < 4
+    coarse = discover(items[~known], known_embeddings=items[known], known_labels=family[known])
+    fine = discover(items[~known], known_embeddings=items[known], known_labels=member[known])
+    assert (coarse.n_classes, fine.n_classes) == (4, 16)
+    assert discovery_metrics(family[~known], coarse.labels).accuracy > 0.99
+    assert discovery_metrics(member[~known], fine.labels).accuracy > 0.95
+    assert coarse.granularity < fine.granularity
+
+
+def test_a_handful_of_items_is_a_class():
+    items, true = blobs(6, 100)
+    items, true = items[:505], true[:505]
+    assert discovery_metrics(true, discover(items).labels).accuracy == 1
+    known = true < 2
+    found = discover(items[~known], known_embeddings=items[known], known_labels=true[known])
+    assert found.n_classes == 4
+    assert np.bincount(found.labels)[3] == 5
+
+
+def test_wrongly_rejected_known_items_are_left_out():
+    items, true = blobs(6, 100)
+    rejected = np.zeros(600, dtype=bool)
+    rejected[[0, 1, 100, 101, 102]] = True  # of classes 0 and 1, which are known
+    unknown = rejected | (true >= 3)
+    found = discover(items[unknown], known_embeddings=items[~unknown], known_labels=true[~unknown])
+    assert found.n_classes == 3
+    np.testing.assert_array_equal(found.labels == -1, rejected[unknown])
+
+
+def test_labels_of_known_classes_may_be_names():
+    items, true = blobs(6, 50)
+    known = true < 3
+    names = np.array(["ant", "bee", "cat"], dtype=object)[true[known]]
+    by_name = discover(items[~known], known_embeddings=items[known], known_labels=names)
+    by_number = discover(items[~known], known_embeddings=items[known], known_labels=torch.tensor(true[known]))
+    np.testing.assert_array_equal(by_name.labels, by_number.labels)
+
+
+def test_confidence_is_lower_between_classes():
+    items, _ = blobs(2, 200, spread=0.4)
+    between = unit(items[:1] + items[200:201] + 0.01)
+    found = discover(np.concatenate([items, between]), n_classes=2)
+    assert found.confidence[-1] < np.quantile(found.confidence[:-1], 0.05)
+
+
+def test_exemplars_are_nearest_to_the_mean_and_no_copies():
+    items, _ = blobs(2, 50)
+    items = np.concatenate([items, np.repeat(items[:1], 30, axis=0)])
+    found = discover(items, n_classes=2)
+    for group, exemplars in enumerate(found.exemplars):
+        inside = np.unique(items[found.labels == group].round(5), axis=0)
+        typical = items @ inside.mean(axis=0)
+        assert (np.diff(typical[exemplars]) <= 1e-6).all()
+        assert len(np.unique(items[exemplars].round(5), axis=0)) == 9
+
+
+# The digits: real, and without a network -------------------------------------------------------------------
+
+
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    pixels, true = load_digits(return_X_y=True)
+    return pixels - pixels.mean(axis=0), true
+
+
+@pytest.mark.parametrize("unknown_digits", [(5, 6, 7, 8, 9), (0, 1, 2, 3, 4), (0, 2, 4, 6, 8)])
+def test_digits(unknown_digits):
+    pixels, true = digits()
+    unknown = np.isin(true, unknown_digits)
+    found = discover(pixels[unknown], known_embeddings=pixels[~unknown], known_labels=true[~unknown])
+    check(found, unknown.sum())
+    assert 4 <= found.n_classes <= 8
+    assert discovery_metrics(true[unknown], found.labels).accuracy > 0.8
+
+
+def test_number_of_classes_is_honoured_on_digits():
+    pixels, true = digits()
+    for n_classes in (1, 2, 7, 10, 25):
+        found = discover(pixels, n_classes=n_classes)
+        check(found, len(pixels))
+        assert found.n_classes == n_classes and found.n_classes_interval == (n_classes, n_classes)
+        assert found.granularity_source == "given n_classes"
+    assert discovery_metrics(true, discover(pixels, n_classes=10).labels).accuracy > 0.8
+
+
+# Invariants ------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=8)
+@given(seed=st.integers(0, 1000), references=st.booleans(), n_classes=st.none() | st.integers(1, 30))
+def test_order_does_not_matter_and_the_seed_decides(seed, references, n_classes):
+    rng = np.random.default_rng(seed)
+    items, true = blobs(6, 20, spread=1.0, seed=seed)
+    known = true < 2
+    options = {"known_embeddings": items[known], "known_labels": true[known]} if references else {}
+    items = items[~known]
+    order = rng.permutation(len(items))
+    first = discover(items, n_classes=n_classes, seed=seed, **options)
+    check(first, len(items))
+    again = discover(torch.from_numpy(items), n_classes=n_classes, seed=seed, **options)
+    np.testing.assert_array_equal(first.labels, again.labels)
+    np.testing.assert_array_equal(first.confidence, again.confidence)
+    shuffled = discover(items[order], n_classes=n_classes, seed=seed, **options)
+    assert adjusted_rand_score(first.labels[order], shuffled.labels) == 1
+    assert shuffled.n_classes == first.n_classes
+    np.testing.assert_allclose(shuffled.confidence, first.confidence[order])
+
+
+def test_length_of_the_embeddings_does_not_matter_and_they_are_left_as_they_are():
+    items, _ = blobs(4, 50)
+    longer = items * np.random.default_rng(0).uniform(0.5, 20, (200, 1))
+    before = longer.copy()
+    np.testing.assert_array_equal(discover(longer).labels, discover(items).labels)
+    np.testing.assert_array_equal(longer, before)
+
+
+# Edges -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("references", [False, True])
+@pytest.mark.parametrize("n", [1, 2, 3, 10])
+def test_few_items(n, references):
+    items, true = blobs(4, 50)
+    options = {"known_embeddings": items[:100], "known_labels": true[:100]} if references else {}
+    check(discover(items[150 : 150 + n], **options), n)
+    for n_classes in range(1, n + 1):
+        found = discover(items[150 : 150 + n], n_classes=n_classes, **options)
+        check(found, n)
+        assert found.n_classes == n_classes
+
+
+def test_few_alike_items_are_one_class():
+    items, _ = blobs(1, 12)
+    for n in (1, 2, 3, 10):
+        assert discover(items[:n]).n_classes == 1
+
+
+def test_identical_items_are_one_class_unless_more_are_asked_for():
+    items = np.ones((50, 8))
+    assert discover(items).n_classes == 1
+    np.testing.assert_array_equal(discover(items).confidence, 1)
+    found = discover(items, n_classes=7)
+    check(found, 50)
+    assert found.n_classes == 7
+
+
+def test_copies_of_an_item_are_no_class_of_their_own():
+    items, _ = blobs(3, 60)
+    copies = np.concatenate([items, np.repeat(items[:1], 40, axis=0)])
+    found = discover(copies)
+    assert found.n_classes == 3
+    assert (found.labels[180:] == found.labels[1]).all()
+
+
+def test_one_known_class_and_one_known_item():
+    items, true = blobs(4, 50)
+    for known in (slice(0, 50), slice(0, 1)):
+        check(discover(items[50:], known_embeddings=items[known], known_labels=true[known]), 150)
+
+
+# What is refused -------------------------------------------------------------------------------------------
+
+GOOD = np.eye(4)
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "options", "message"),
+    [
+        (np.empty((0, 4)), {}, "at least one item"),
+        (np.empty((4, 0)), {}, "at least one item"),
+        (np.ones(4), {}, r"shape \(N, D\)"),
+        (np.ones((2, 3, 4)), {}, r"shape \(N, D\)"),
+        ([[1.0, 2.0], [3.0]], {}, r"shape \(N, D\)"),
+        ([["a", "b"]], {}, "numbers"),
+        (np.where(GOOD == 1, np.nan, 1), {}, "NaN"),
+        (np.where(GOOD == 1, np.inf, 1), {}, "infinite"),
+        (np.zeros((3, 4)), {}, "zeros"),
+        (GOOD, {"n_classes": 0}, "from 1 to the 4 items"),
+        (GOOD, {"n_classes": 5}, "from 1 to the 4 items"),
+        (GOOD, {"known_embeddings": GOOD}, "both or neither"),
+        (GOOD, {"known_labels": [0, 1]}, "both or neither"),
+        (GOOD, {"known_embeddings": np.ones((2, 3)), "known_labels": [0, 1]}, "one model"),
+        (GOOD, {"known_embeddings": np.full((2, 4), np.nan), "known_labels": [0, 1]}, "known_embeddings has NaN"),
+        (GOOD, {"known_embeddings": GOOD, "known_labels": [0, 1]}, "as many known_labels"),
+        (GOOD, {"known_embeddings": GOOD, "known_labels": GOOD}, "known_labels must have one value per item"),
+    ],
+)
+def test_bad_input(embeddings, options, message):
+    with pytest.raises(OsmlError, match=message) as error:
+        discover(embeddings, **options)
+    assert "\n" not in str(error.value)
+
+
+# The parts, against slow twins -----------------------------------------------------------------------------
+
+
+def test_graph_against_a_slow_twin():
+    nodes, _ = blobs(3, 15, spread=0.8)
+    nodes = nodes.astype(np.float32)
+    n = len(nodes)
+    near = np.zeros((n, n), dtype=bool)
+    for i, similarity in enumerate(nodes @ nodes.T):
+        near[i, np.argsort(-similarity)[: N_NEIGHBORS + 1]] = True
+    expected = np.zeros((n, n))
+    for i in range(n):
+        for j in range(n):
+            if i != j and (near[i, j] or near[j, i]):
+                both = 1 if near[i, j] and near[j, i] else ONE_WAY
+                expected[i, j] = both * jaccard_score(near[i], near[j])
+    graph = neighbor_graph(nodes)
+    np.testing.assert_allclose(graph.toarray(), expected)
+    groups = np.arange(n) // 7
+    share = [expected[i][groups == groups[i]].sum() / expected[i].sum() for i in range(n)]
+    np.testing.assert_allclose(own_share(graph, groups), share)
+
+
+def test_communities_are_the_same_for_the_same_seed():
+    nodes, _ = blobs(6, 60, spread=1.5)
+    graph = neighbor_graph(nodes.astype(np.float32))
+    first = communities(graph, 1.0, seed=3)
+    for _ in range(3):
+        np.testing.assert_array_equal(communities(graph, 1.0, seed=3), first)
+    assert any((communities(graph, 1.0, seed=s) != first).any() for s in range(4, 10))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=40))
+def test_bcubed_against_a_slow_twin(pairs):
+    classes, groups = np.array(pairs).T
+    expected = []
+    for c, g in pairs:
+        both = np.sum((classes == c) & (groups == g))
+        precision, recall = both / np.sum(groups == g), both / np.sum(classes == c)
+        expected.append(2 * precision * recall / (precision + recall))
+    np.testing.assert_allclose(bcubed(classes, groups), expected)
+
+
+def test_as_good_as_the_best():
+    noise = np.random.default_rng(0).normal(size=400)
+    best = np.full(400, 0.8)
+    scores = np.stack([best, best - 0.01 + 0.1 * (noise - noise.mean()) / noise.std(), best - 0.01])
+    np.testing.assert_array_equal(as_good_as_the_best(scores), [True, True, False])
+
+
+def test_stability():
+    a, b, c = np.array([0, 0, 0, 0, 1, 1]), np.array([0, 0, 1, 1, 2, 2]), np.arange(6)
+    ab, bc = adjusted_rand_score(a, b), adjusted_rand_score(b, c)
+    np.testing.assert_allclose(stability([a, b, c]), [ab, (ab + bc) / 2, bc])
+    np.testing.assert_array_equal(stability([a]), [1])
+
+
+def test_merge_joins_what_is_linked_most():
+    items, family, member = families(3, 2, 40)
+    graph = neighbor_graph(items.astype(np.float32))
+    assert adjusted_rand_score(merge(graph, member, 3), family) == 1
+    for n_groups in range(1, 7):
+        assert len(np.unique(merge(graph, member, n_groups))) == n_groups
+
+
+def test_split_halves_the_largest():
+    items, true = blobs(2, 20)
+    groups = split(items, np.zeros(40, dtype=np.int64), 2)
+    assert adjusted_rand_score(groups, true) == 1
+    assert len(np.unique(split(items, groups, 40))) == 40
