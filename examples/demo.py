@@ -79,9 +79,7 @@ def main() -> None:
     later = np.flatnonzero(~first)
 
     before = evaluate_embeddings(recognizer, embeddings[met], labels[met], seed=options.seed)
-    console.print(
-        f"[bold]3[/] met {len(met)} images that it has not seen, {before.metrics.n_unknown_items} of unknown digits"
-    )
+    console.print(f"[bold]3[/] met {len(met)} new images, {before.metrics.n_unknown_items} of them of unknown digits")
     found = group_the_rejected(recognizer, embeddings[met], before, options.seed)
     console.print(f"[bold]4[/] grouped the {len(found.items)} rejected: {found.groups.n_classes} groups")
     names = dict.fromkeys(found.names)
@@ -93,9 +91,7 @@ def main() -> None:
 
     after = evaluate_embeddings(recognizer, embeddings[later], labels[later], seed=options.seed)
     rows = rows_of(before, after, found)
-    write_page(
-        out / "report.html", rows, before, after, found, [items.paths[i] for i in met], [items.paths[i] for i in later]
-    )
+    write_page(out / "report.html", rows, (before, met), (after, later), found, items.paths)
     table = Table("", "before", "after enrolment", title="Open-set recognition of digits")
     for row in rows:
         table.add_row(*row)
@@ -133,6 +129,7 @@ def rows_of(before: Evaluation, after: Evaluation, found: Found) -> list[tuple[s
         return f"{right[of].mean():.1%}" if of.any() else "–"
 
     rejected = after.recognition.labels == UNKNOWN
+    known, was_right = before.labels != UNKNOWN, before.recognition.labels == before.labels
     return [
         ("known classes", str(len(SPLIT.known)), str(len(set(SPLIT.known) | set(found.names)))),
         ("known accuracy (nearest class)", f"{b.closed_set_accuracy:.1%}", f"{a.closed_set_accuracy:.1%}"),
@@ -142,24 +139,19 @@ def rows_of(before: Evaluation, after: Evaluation, found: Found) -> list[tuple[s
         ("OSCR", f"{b.oscr:.3f}", f"{a.oscr:.3f}"),
         ("classes found / true", f"{found.groups.n_classes} / {found.metrics.n_classes_true}", ""),
         ("accuracy of the grouping", f"{found.metrics.accuracy:.1%}", ""),
-        (
-            "old classes recognised by name",
-            rate(before.labels != UNKNOWN, before.recognition.labels == before.labels),
-            rate(old, answers == true),
-        ),
+        ("old classes recognised by name", rate(known, was_right), rate(old, answers == true)),
         ("new classes recognised by name", "0.0%", rate(new, answers == true)),
         (f"the {NEVER_MET}, never met before, rejected", "", rate(true == NEVER_MET, rejected)),
     ]
 
 
-def write_page(
-    file: Path, rows, before: Evaluation, after: Evaluation, found: Found, met: list[Path], later: list[Path]
-) -> None:
+def write_page(file: Path, rows, before, after, found: Found, paths) -> None:
+    (before, met), (after, later) = ((e, [paths[i] for i in of]) for e, of in (before, after))
     page = Page(
         "Open-set recognition of digits",
-        f"A model that was trained on the digits {', '.join(SPLIT.known)} met others. It rejected them, grouped what it "
-        f"had rejected, learned the groups under their names ({', '.join(dict.fromkeys(found.names))}) without "
-        f"training, and was tested again on new images.",
+        f"A model that was trained on the digits {', '.join(SPLIT.known)} met others. It rejected them, grouped what "
+        f"it had rejected, learned the groups under their names ({', '.join(dict.fromkeys(found.names))}) without "
+        "training, and was tested again on new images.",
     )
     page.add_table("Before and after", ("", "before", "after enrolment"), rows)
     cards = [

@@ -98,6 +98,7 @@ def load_bundle(path: str | Path, *, factories: Sequence[str] = ()) -> OpenSetRe
         config = config.model_copy(update={"model": config.model.model_copy(update={"weights": None})})
         model = build_model(config, **manifest["details"]["input"], factories=factories)
         model.load_state_dict(tensors["model"])
+        model.output = manifest["details"]["output"]
         recognizer.model = model.eval()
     gallery = tensors["gallery"]
     recognizer.gallery = Gallery(

@@ -96,6 +96,7 @@ def train(
         "bundle": str(result.bundle),
         "split": result.split.to_dict(),
         "n_items": result.n_items,
+        "output": recognizer.details["output"],
         "detector": {"name": recognizer.detector.name, **recognizer.detector.params},
         "threshold": recognizer.threshold.state(),
         "validation": {"oscr": best.oscr, "auroc": best.auroc} if best else None,
@@ -108,6 +109,7 @@ def train(
     print("split      " + json.dumps(summary["split"], ensure_ascii=False))
     print("items      " + ", ".join(f"{n} {role}" for role, n in result.n_items.items()))
     if best:
+        print(f"embedding  of the {best.output}")
         print(f"detector   {_call(recognizer.detector)}: validation OSCR {best.oscr:.3f}, AUROC {best.auroc:.3f}")
     else:
         print(f"detector   {_call(recognizer.detector)}: the default, as there is no pseudo-unknown class to choose by")

@@ -18,7 +18,6 @@ from .data import (
     ImageSurvey,
     Items,
     Split,
-    TrainingRoles,
     draw_split,
     inspect_images,
     open_items,
@@ -27,12 +26,14 @@ from .data import (
     write_embeddings,
 )
 from .discovery import Discovery
+from .embedding import OUTPUTS, EmbeddingModel
 from .errors import OsmlError
 from .evaluation import Evaluation, evaluate_embeddings
 from .metrics import DiscoveryMetrics, discovery_metrics
 from .pml import class_weights
 from .recognizer import OpenSetRecognizer, Recognition
-from .selection import DEFAULT, Candidate, has_unknown, select_detector
+from .selection import DEFAULT, Cached, Candidate, has_unknown, select
+from .selection import candidates as detector_candidates
 from .training import build_model, epochs, seed_everything, train_model
 from .training_data import TrainingData
 
@@ -101,12 +102,12 @@ def train(
     weights = None
     if n_epochs:
         dataset, trained = run.training_set(model, device, progress)
-        if has_unknown(run.labels(roles.validation)):
-            hook = run.hook(model, trained, config, device)
+        if has_unknown(run.labels["validation"]):
+            hook = run.hook(model, trained, device)
         loss = train_model(
             trained,
             dataset,
-            run.labels(roles.train).tolist(),
+            run.labels["train"].tolist(),
             config,
             n_epochs=n_epochs,
             workers=run.workers,
@@ -117,11 +118,19 @@ def train(
         if hook is not None:
             hook.restore_best(trained)
         weights = class_weights(loss)
-    weights = None if weights is None else weights.detach().float().cpu()
-
-    embed = {r: run.embeddings(model, getattr(roles, r), r, device, progress) for r in run.ROLES}
-    names = {r: [items.labels[i] for i in getattr(roles, r)] for r in run.ROLES}
-    candidates = _candidates(config, embed, run, roles, weights)
+        weights = None if weights is None else weights.detach().float().cpu()
+    cached = _cached(config, run, model, weights, device, progress)
+    candidates = []
+    if has_unknown(run.labels["validation"]):
+        outputs = {o: Cached(e["train"], e["validation"], w) for o, (e, w) in cached.items()}
+        tried = _tried(config)
+        candidates = select(
+            outputs, run.labels["train"], run.labels["validation"], tried, seed=config.seed, progress=progress
+        )
+        if not candidates:
+            raise OsmlError(f"detector '{config.detector.name}' needs class weights, which this loss does not train")
+    model.output = candidates[0].output if candidates else next(iter(cached))
+    embedded, weights = cached[model.output]
     recognizer = OpenSetRecognizer(
         detector=_chosen_detector(config, candidates),
         threshold=_threshold(config),
@@ -132,6 +141,7 @@ def train(
     recognizer.details = {
         "config": config.model_dump(mode="json"),
         "input": {"channels": run.channels, "size": run.size},
+        "output": model.output,
         "split": split.to_dict(),
         "seen": sorted(items.fingerprints()[run.used].tolist()),
         "provenance": {
@@ -142,10 +152,10 @@ def train(
         "validation": asdict(candidates[0]) if candidates else None,
     }
     recognizer.fit(
-        embed["train"],
-        names["train"],
-        calibration=(embed["calibration"], names["calibration"]),
-        validation=(embed["validation"], names["validation"]) if len(roles.validation) else None,
+        embedded["train"],
+        run.names["train"],
+        calibration=(embedded["calibration"], run.names["calibration"]),
+        validation=(embedded["validation"], run.names["validation"]) if "validation" in embedded else None,
         class_weights=weights,
     )
     save_bundle(recognizer, out)
@@ -346,26 +356,44 @@ def _recognizer(model: str | Path | OpenSetRecognizer, factories: Sequence[str])
     return model if isinstance(model, OpenSetRecognizer) else load_bundle(model, factories=factories)
 
 
-def _candidates(config: Config, embed: dict, run: TrainingData, roles: TrainingRoles, weights) -> list[Candidate]:
-    validation_labels = run.labels(roles.validation)
-    if not has_unknown(validation_labels):
-        return []
-    return select_detector(
-        embed["train"],
-        torch.from_numpy(run.labels(roles.train)),
-        embed["validation"],
-        validation_labels,
-        weights,
-        names=None if config.detector.name == "auto" else [config.detector.name],
-    )
+def _cached(
+    config: Config,
+    run: TrainingData,
+    model: EmbeddingModel,
+    weights: torch.Tensor | None,
+    device: str | None,
+    progress: bool,
+) -> dict[str, tuple[dict[str, torch.Tensor], torch.Tensor | None]]:
+    """By output of the model: the embeddings of each role, and the class weights that go with them."""
+    outputs = OUTPUTS if config.model.output == "auto" else (config.model.output,)
+    if isinstance(model.embedder, torch.nn.Identity):
+        outputs = ("embedder",)  # the same as the trunk's
+    features = run.features(model, device, progress)
+    model.cpu()
+    found = {}
+    for model.output in outputs:
+        with torch.inference_mode():
+            embedded = {role: model.embed_features(f).clone() for role, f in features.items()}
+        # The proxies live where the loss saw the embeddings.
+        found[model.output] = (embedded, weights if model.output == "embedder" else None)
+    return found
+
+
+def _tried(config: Config) -> list[tuple[str, dict[str, Any]]]:
+    """The detectors to choose among, each with its parameters."""
+    if config.detector.name == "auto":
+        return detector_candidates()
+    if config.detector.args:
+        return [(config.detector.name, config.detector.args)]
+    return detector_candidates([config.detector.name])
 
 
 def _chosen_detector(config: Config, candidates: list[Candidate]) -> detectors.Detector:
-    if config.detector.name != "auto" and (config.detector.args or not candidates):
-        return detectors.create(config.detector.name, **config.detector.args)
     if candidates:
         return detectors.create(candidates[0].detector, **candidates[0].params)
-    return detectors.create(DEFAULT)
+    if config.detector.name == "auto":
+        return detectors.create(DEFAULT)
+    return detectors.create(config.detector.name, **config.detector.args)
 
 
 def _threshold(config: Config) -> thresholds.Threshold:

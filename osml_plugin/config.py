@@ -62,6 +62,9 @@ class ModelConfig(Section):
     """Train the embedder only."""
     embedder: Literal["auto", "linear", "mlp", "identity"] = "auto"
     embedding_size: Annotated[int, Field(ge=2)] = 64
+    output: Literal["auto", "embedder", "trunk"] = "auto"
+    """What the embeddings are taken from; auto = chosen on validation, and the embedder where there is nothing to
+    choose by."""
     unit_norm: bool = True
 
     @field_validator("trunk")

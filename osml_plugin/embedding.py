@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from .errors import OsmlError
+
+OUTPUTS = ("embedder", "trunk")
+
 
 class EmbeddingModel(nn.Module):
-    """trunk → embedder → unit norm (unless `unit_norm` is off): a batch in, embeddings `(N, D)` out."""
+    """trunk → embedder → unit norm (unless `unit_norm` is off): a batch in, embeddings `(N, D)` out.
 
-    def __init__(self, trunk: nn.Module, embedder: nn.Module, unit_norm: bool = True):
+    With the output "trunk" the embedder serves training only, and the trunk's features are the embeddings: an embedder
+    that was trained on few classes may have forgotten what tells all others apart.
+    """
+
+    def __init__(self, trunk: nn.Module, embedder: nn.Module, unit_norm: bool = True, output: str = "embedder"):
         super().__init__()
         self.trunk = trunk
         self.embedder = embedder
         self.unit_norm = unit_norm
+        self.output = output
 
     def forward(self, batch: Tensor) -> Tensor:
-        embeddings = self.embedder(self.trunk(batch)).float()
+        return self.embed_features(self.trunk(batch))
+
+    def embed_features(self, features: Tensor) -> Tensor:
+        """Embeddings of the trunk's features `(N, F)`, in single precision whatever the trunk runs in."""
+        with torch.autocast(features.device.type, enabled=False):
+            embeddings = features.float() if self.output == "trunk" else self.embedder(features.float())
         return normalize(embeddings) if self.unit_norm else embeddings
 
 
@@ -42,6 +58,8 @@ def embed_dataset(
     training = model.training
     model.to(device).eval()
     parts, labels = [], []
+    if len(dataset) == 0:
+        raise OsmlError("nothing to embed: the dataset is empty")
     try:
         with torch.inference_mode(), autocast(device):
             for batch in tqdm(loader, desc=progress, disable=progress is None, delay=1, leave=False):
@@ -54,6 +72,11 @@ def embed_dataset(
     finally:
         model.train(training)
     return torch.cat(parts).clone(), torch.cat(labels) if labels else None
+
+
+def loading_workers(n_items: int) -> int:
+    """How many processes to decode images with: none for a few, which starting them would only delay."""
+    return 0 if n_items < 1000 else min(8, os.cpu_count() or 1)
 
 
 def autocast(device: torch.device) -> torch.autocast:

@@ -17,7 +17,7 @@ from . import UNKNOWN, detectors, thresholds
 from .detectors import Detector
 from .detectors.base import check_embeddings
 from .discovery import Discovery, discover
-from .embedding import embed_dataset
+from .embedding import embed_dataset, loading_workers
 from .errors import OsmlError
 from .gallery import Gallery, Neighbor
 from .preprocessing import Preprocessing
@@ -217,7 +217,10 @@ class OpenSetRecognizer:
         elif len(items) == 0:
             embeddings = torch.empty(0, self._width)
         else:
-            embeddings, _ = embed_dataset(self.model, self.preprocessing.dataset(items), progress=progress)
+            workers = loading_workers(len(items))
+            embeddings, _ = embed_dataset(
+                self.model, self.preprocessing.dataset(items), workers=workers, progress=progress
+            )
         if self.gallery is not None:
             self._check_width(embeddings)
         return embeddings

@@ -1,14 +1,15 @@
-"""The detector chosen on validation, from cached embeddings: seconds where training takes minutes."""
+"""Detector and embedding output chosen on validation, from cached embeddings: seconds where training takes minutes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 import numpy as np
 from torch import Tensor
+from tqdm import tqdm
 
 from . import UNKNOWN, detectors
 from .metrics import open_set_metrics
@@ -17,14 +18,34 @@ DEFAULT = "knn"
 """The detector where there is no pseudo-unknown class to choose one by."""
 
 
+MAX_VALIDATION = 5000
+"""Validation items to choose by; more would not change what is chosen."""
+
+
 @dataclass(frozen=True)
 class Candidate:
-    """A detector with parameters, and what it reaches on validation."""
+    """An output of the model and a detector with parameters, and what they reach on validation."""
 
+    output: str
     detector: str
     params: dict[str, Any]
     oscr: float
     auroc: float
+
+
+@dataclass(frozen=True)
+class Cached:
+    """The embeddings of one output of the model that there is to choose by.
+
+    Args:
+        train: `(N, D)`.
+        validation: `(M, D)` of known and pseudo-unknown items.
+        class_weights: as for `Detector.fit`; without them the detectors that need them are left out.
+    """
+
+    train: Tensor
+    validation: Tensor
+    class_weights: Tensor | None = None
 
 
 def candidates(names: Sequence[str] | None = None) -> list[tuple[str, dict[str, Any]]]:
@@ -36,32 +57,36 @@ def candidates(names: Sequence[str] | None = None) -> list[tuple[str, dict[str, 
     return found
 
 
-def select_detector(
-    embeddings: Tensor,
-    labels: Tensor,
-    validation: Tensor,
+def select(
+    outputs: Mapping[str, Cached],
+    labels: np.ndarray,
     validation_labels: np.ndarray,
-    class_weights: Tensor | None = None,
-    names: Sequence[str] | None = None,
+    tried: Sequence[tuple[str, dict[str, Any]]],
+    *,
+    seed: int = 0,
+    progress: bool = True,
 ) -> list[Candidate]:
-    """All candidates, best first by OSCR on validation, which needs no threshold; ties go to the simpler name.
+    """All candidates, best first by OSCR on validation, which needs no threshold.
 
     Args:
-        embeddings: `(N, D)` of the training role, with `labels` `(N,)`.
-        validation: `(M, D)` of known and pseudo-unknown items.
-        validation_labels: `(M,)`, `UNKNOWN` for the pseudo-unknown.
-        class_weights: as for `Detector.fit`; without them the detectors that need them are left out.
+        outputs: by name, what each output of the model makes of the same items.
+        labels: `(N,)` of the training items; `validation_labels` `(M,)`, `UNKNOWN` for the pseudo-unknown.
+        tried: detectors and parameters, as `candidates` lists them.
     """
+    some = np.random.default_rng(seed).permutation(len(validation_labels))[:MAX_VALIDATION]
+    largest = np.unique(labels, return_counts=True)[1].max()
     found = []
-    for name, params in candidates(names):
-        detector = detectors.create(name, **params)
-        if detector.needs_class_weights and class_weights is None:
+    runs = [(o, n, p) for o in outputs for n, p in tried]
+    for output, name, params in tqdm(runs, desc="choosing", delay=2, leave=False, disable=not progress):
+        cached, detector = outputs[output], detectors.create(name, **params)
+        if detector.needs_class_weights and cached.class_weights is None:
             continue
-        if params.get("k", 0) > 1 and params["k"] > labels.unique(return_counts=True)[1].max():
+        if name == "knn" and detector.k > largest:
             continue  # the same as a smaller k: no class has so many references
-        classes, scores = detector.fit(embeddings, labels, class_weights).predict(validation)
-        metrics = open_set_metrics(scores, validation_labels, classes)
-        found.append(Candidate(name, params, metrics.oscr, metrics.auroc))
+        detector.fit(cached.train, labels, cached.class_weights)
+        classes, scores = detector.predict(cached.validation[some])
+        metrics = open_set_metrics(scores, validation_labels[some], classes)
+        found.append(Candidate(output, name, params, metrics.oscr, metrics.auroc))
     return sorted(found, key=lambda c: -c.oscr)
 
 
