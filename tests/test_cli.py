@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from osml_plugin import cli
+from osml_plugin import OpenSetRecognizer, cli
 from osml_plugin.cli import main
 from osml_plugin.data import open_items, write_embeddings
 
@@ -69,6 +69,10 @@ def workplace(digits_folder, tmp_path_factory) -> Path:
 @pytest.fixture
 def bundle(workplace, tmp_path) -> Path:
     return Path(shutil.copytree(workplace / "bundle", tmp_path / "bundle"))
+
+
+def width(bundle: Path) -> int:
+    return OpenSetRecognizer.load(bundle).gallery.embeddings.shape[1]
 
 
 def fails(result, *words) -> None:
@@ -174,7 +178,7 @@ def test_embeddings_serve_wherever_no_image_is_needed(osml, workplace, bundle, d
     status, out, _ = osml("embed", workplace / "bundle", digits_folder, "--out", file)
     assert status == 0 and out.startswith("400 embeddings")
     items = open_items(file)
-    assert items.embeddings.shape == (400, 64) and items.labels == open_items(digits_folder).labels
+    assert items.embeddings.shape == (400, width(bundle)) and items.labels == open_items(digits_folder).labels
     # The bundle's own embeddings in place of the images.
     from_images = json.loads(osml("predict", workplace / "bundle", digits_folder / "3", "--json")[1])["results"]
     from_file = json.loads(osml("predict", workplace / "bundle", file, "--json")[1])["results"]
@@ -362,7 +366,7 @@ def test_a_place_that_is_taken(osml, digits_folder, workplace, tmp_path):
 
 def test_bad_embeddings(osml, train, workplace, bundle, tmp_path):
     draw = np.random.default_rng(0)
-    good = draw.normal(size=(40, 64)).astype(np.float32)
+    good = draw.normal(size=(40, width(bundle))).astype(np.float32)
     labels = np.repeat(["a", "b"], 20)
 
     def file(embeddings, **arrays):
@@ -373,8 +377,8 @@ def test_bad_embeddings(osml, train, workplace, bundle, tmp_path):
     spoiled[3, 5] = np.nan
     fails(train(file(spoiled, labels=labels)), "NaN")
     fails(osml("predict", bundle, file(spoiled)), "NaN")
-    fails(osml("predict", bundle, file(good[:, :9])), "9 wide", "64")
-    fails(osml("enroll", bundle, "--name", "x", file(good[:, :9])), "9 wide", "64")
+    fails(osml("predict", bundle, file(good[:, :9])), "9 wide", str(width(bundle)))
+    fails(osml("enroll", bundle, "--name", "x", file(good[:, :9])), "9 wide", str(width(bundle)))
     fails(train(file(good, labels=labels[:-1])), "labels")
     fails(train(file(good)), "labels")
     fails(train(file(good[0], labels=labels)), "shape")
