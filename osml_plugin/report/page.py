@@ -88,7 +88,10 @@ class Page:
             aside.unlink(missing_ok=True)
 
     def _add(self, heading: str, note: str, **content: Any) -> None:
-        self._sections.append({"heading": heading, "note": note, **content})
+        kind, inside = content["kind"], any(s["kind"] == "chapter" for s in self._sections)
+        # The parts of chapters are named alike: the contents show the chapters only.
+        place = {"id": f"part-{len(self._sections) + 1}", "in_contents": kind == "chapter" or not inside}
+        self._sections.append({"heading": heading, "note": note, **place, **content})
 
 
 def _text(value: Any) -> str:
