@@ -200,8 +200,7 @@ def evaluate(
     items = items.select(test_indices(items, known, held_out, seen=seen))
     if len(items) == 0:
         raise OsmlError(f"'{data}' holds nothing to test on: all of it was used to train, or its classes are held out")
-    items, _ = _readable(items, skip_bad, progress)
-    embeddings = recognizer.embed(_inputs(items), progress="embedding" if progress else None)
+    items, embeddings = _embedded(recognizer, items, skip_bad, progress)
     return evaluate_embeddings(recognizer, embeddings, items.labels, seed=seed), items
 
 
@@ -232,8 +231,7 @@ def embed(
 ) -> int:
     """Write the embeddings of a folder or manifest to an `.npz` or `.safetensors` file; returns how many."""
     recognizer = _recognizer(model, factories)
-    items, _ = _readable(open_items(data, labelled=False), skip_bad, progress)
-    embeddings = recognizer.embed(_inputs(items), progress="embedding" if progress else None)
+    items, embeddings = _embedded(recognizer, open_items(data, labelled=False), skip_bad, progress)
     write_embeddings(out, embeddings.numpy(), items.labels, paths=items.paths)
     return len(items)
 
@@ -263,8 +261,7 @@ def discover(
 ) -> DiscoverResult:
     """Group the items of `data` that the recognizer rejects (or, with `everything`, all of them) into new classes."""
     recognizer = _recognizer(model, factories)
-    items, _ = _readable(open_items(data, labelled=False), skip_bad, progress)
-    embeddings = recognizer.embed(_inputs(items), progress="embedding" if progress else None)
+    items, embeddings = _embedded(recognizer, open_items(data, labelled=False), skip_bad, progress)
     keep = np.ones(len(items), dtype=bool)
     if not everything:
         keep = recognizer.recognize(embeddings, neighbours=0).labels == UNKNOWN
@@ -334,6 +331,14 @@ def _readable(items: Items, skip_bad: bool, progress: bool) -> tuple[Items, Imag
         return items, None
     survey = inspect_images(items.paths, skip_bad=skip_bad, progress=progress)
     return (items if len(survey.good) == len(items) else items.select(survey.good)), survey
+
+
+def _embedded(
+    recognizer: OpenSetRecognizer, items: Items, skip_bad: bool, progress: bool
+) -> tuple[Items, torch.Tensor]:
+    """The readable items and their embeddings."""
+    items, _ = _readable(items, skip_bad, progress)
+    return items, recognizer.embed(_inputs(items), progress="embedding" if progress else None)
 
 
 def _collect(paths: Sequence[str | Path]) -> Items:

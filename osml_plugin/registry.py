@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
-from typing import Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from .errors import OsmlError, unknown_name
 
@@ -19,6 +19,25 @@ def check_arguments(kind: str, name: str, given: Iterable[str], allowed: Iterabl
             if not allowed:
                 raise OsmlError(f"{kind} '{name}' takes no arguments, but was given '{argument}'")
             raise unknown_name(f"argument of {kind} '{name}'", argument, allowed)
+
+
+class Named:
+    """A base class whose subclasses enter its `registry` under the name that they are declared with."""
+
+    registry: ClassVar[Registry]
+    name: ClassVar[str]
+
+    def __init_subclass__(cls, name: str | None = None, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if name is not None:
+            cls.name = name
+            cls.registry.add(name, cls)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The keyword-only arguments that make this object again: `create(it.name, **it.params)`. A subclass keeps each
+        argument under its own name."""
+        return {p: getattr(self, p) for p in self.registry.parameters(self.name)}
 
 
 class Registry(Generic[T]):

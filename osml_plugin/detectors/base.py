@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from .. import UNKNOWN
 from ..errors import OsmlError
-from ..registry import Registry
+from ..registry import Named, Registry
 
 registry: Registry[Detector] = Registry("detector")
 
 
-class Detector(nn.Module):
+class Detector(Named, nn.Module):
     """Gives each embedding an unknown score: **higher = more unknown**, always.
 
     A subclass has a keyword-only `__init__` that keeps each argument under its own name, and writes `_fit`
@@ -28,7 +28,7 @@ class Detector(nn.Module):
     checks, labels ↔ indices, dtype, device, chunks, gradients, files.
     """
 
-    name: ClassVar[str]
+    registry = registry
     needs_class_weights: ClassVar[bool] = False
     """Whether `fit` needs the proxies of a classification loss."""
     search_space: ClassVar[dict[str, tuple]] = {}
@@ -37,17 +37,6 @@ class Detector(nn.Module):
     """Why a far point need not score above the training points, where that is so."""
 
     chunk_size = 4096
-
-    def __init_subclass__(cls, name: str | None = None, **kwargs):
-        super().__init_subclass__(**kwargs)
-        if name is not None:
-            cls.name = name
-            registry.add(name, cls)
-
-    @property
-    def params(self) -> dict:
-        """The arguments that make this detector again: `create(detector.name, **detector.params)`."""
-        return {p: getattr(self, p) for p in registry.parameters(self.name)}
 
     @final
     @torch.no_grad()

@@ -9,30 +9,19 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..errors import OsmlError
-from ..registry import Registry
+from ..registry import Named, Registry
 
 registry: Registry[Threshold] = Registry("threshold")
 
 
-class Threshold:
+class Threshold(Named):
     """A subclass has a keyword-only `__init__` that keeps each argument under its own name, and writes `_tau`."""
 
-    name: ClassVar[str]
+    registry = registry
     needs_unknown: ClassVar[bool] = False
     """Whether `fit` needs validation items of both kinds (`is_unknown`); otherwise known items are enough."""
 
     tau: float | None = None
-
-    def __init_subclass__(cls, name: str | None = None, **kwargs):
-        super().__init_subclass__(**kwargs)
-        if name is not None:
-            cls.name = name
-            registry.add(name, cls)
-
-    @property
-    def params(self) -> dict:
-        """The arguments that make this threshold again: `create(threshold.name, **threshold.params)`."""
-        return {p: getattr(self, p) for p in registry.parameters(self.name)}
 
     @final
     def fit(
