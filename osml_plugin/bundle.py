@@ -6,12 +6,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from filelock import FileLock
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -26,48 +29,213 @@ from .training import build_model
 FORMAT = "osml-bundle"
 VERSION = 1
 MANIFEST = "bundle.json"
+READS = 5  # of a bundle that is exchanged while it is read
+
+
+# --- the manifest ----------------------------------------------------------------------------------------
+
+
+_Count = Annotated[int, Field(ge=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class _File(_Strict):
+    name: Annotated[str, Field(pattern=r"^(gallery|model)-[0-9a-f]{16}\.safetensors$")]
+    sha256: str
+
+
+class _Part(_Strict):
+    name: str
+    params: dict[str, Any]
+
+
+class _Threshold(_Part):
+    tau: float | None
+
+
+class _Input(_Strict):
+    channels: _Count
+    size: Annotated[int, Field(gt=0)]
+
+
+class _Details(BaseModel):
+    """What the plugin reads of a recognizer's details; they may hold more."""
+
+    seen: list[Annotated[int, Field(ge=0, lt=2**64)]] = []
+    split: dict[str, list[str]] = {}
+
+
+class _ModelDetails(_Details):
+    """What a model is built from."""
+
+    config: dict[str, Any]
+    input: _Input
+    output: Literal["embedder", "trunk"]
+
+
+class Manifest(_Strict):
+    """`bundle.json`."""
+
+    format: Literal["osml-bundle"]
+    version: Literal[1]
+    classes: dict[_Count, str]
+    next_id: _Count
+    gallery_version: _Count
+    detector: _Part
+    threshold: _Threshold
+    alpha: float
+    proxy_ids: list[int]
+    preprocessing: Preprocessing | None
+    held_out_names: dict[Literal["calibration", "validation"], list[str]]
+    details: dict[str, Any]
+    files: dict[Literal["gallery", "model"], _File]
+    sha256: str
+
+    @field_validator("preprocessing")
+    @classmethod
+    def _fits_images(cls, made: Preprocessing | None) -> Preprocessing | None:
+        if made and (made.size <= 0 or made.channels not in (1, 3)):
+            raise ValueError("expected a size above 0 and 1 or 3 channels")
+        if made and not len(made.mean) == len(made.std) == made.channels:
+            raise ValueError("expected a mean and a std for each channel")
+        return made
+
+    @property
+    def file_names(self) -> set[str]:
+        return {file.name for file in self.files.values()}
+
+
+# --- writing ---------------------------------------------------------------------------------------------
 
 
 def save_bundle(recognizer: OpenSetRecognizer, path: str | Path) -> None:
     """Write a recognizer to the folder `path`: a new one, or in place of the bundle that is there.
 
     Tensors go to files named after their content and `bundle.json` is exchanged last, in one step: whoever reads
-    the folder, and whatever is interrupted, finds the old bundle or the new one, whole.
+    the folder, and whatever is interrupted, finds the old bundle or the new one, whole. Files in the folder that are
+    not the bundle's stay.
+
+    Raises:
+        OsmlError: for a place that is taken or cannot be written, which is left as it was; for a model that a bundle
+            cannot hold.
     """
     path = Path(path)
-    if path.exists() and not (path / MANIFEST).is_file():
-        raise OsmlError(f"'{path}' exists and is no bundle: choose another place, or remove it")
-    files = {"gallery": save(_gallery_tensors(recognizer))}
+    tensors = {"gallery": save(_gallery_tensors(recognizer))}
     if recognizer.model is not None:
         if "config" not in recognizer.details:
             raise OsmlError(
                 "this recognizer's model is your own module, which a bundle cannot hold: train with osml_plugin.train "
                 "and trunk 'package.module:factory', or set recognizer.model = None to keep the rest"
             )
-        files["model"] = save({k: v.contiguous() for k, v in recognizer.model.state_dict().items()})
-    names = {kind: f"{kind}-{_sha256(content)[:16]}.safetensors" for kind, content in files.items()}
+        tensors["model"] = save({k: v.contiguous() for k, v in recognizer.model.state_dict().items()})
+    names = {kind: f"{kind}-{_sha256(content)[:16]}.safetensors" for kind, content in tensors.items()}
     manifest = _manifest(recognizer)
-    manifest["files"] = {kind: {"name": names[kind], "sha256": _sha256(content)} for kind, content in files.items()}
+    manifest["files"] = {kind: {"name": names[kind], "sha256": _sha256(content)} for kind, content in tensors.items()}
     manifest["sha256"] = _manifest_sha256(manifest)
     text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
 
-    new = not path.exists()
-    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp") if new else path
-    folder.mkdir(parents=True, exist_ok=True)
+    with _room(path) as room:
+        files = {names[kind]: content for kind, content in tensors.items() if not _holds(path / names[kind], content)}
+        files[MANIFEST] = text.encode()  # the last
+        for name, content in files.items():
+            _write(room / name, content)
+        if not path.exists():
+            os.rename(room, path)
+        else:
+            ours = _file_names(path) | set(names.values())
+            try:
+                for name in files:
+                    os.replace(room / name, path / name)
+            finally:
+                _remove_unnamed(path, ours)
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise the OsmlError that `save_bundle` would raise for this place; nothing is left there."""
+    with _room(Path(path)):
+        pass
+
+
+@contextmanager
+def _room(path: Path) -> Iterator[Path]:
+    """A folder to write in before anything at `path` changes: beside it, or inside where it is a bundle. It goes
+    again, and so do parents that were made for it and stayed empty. Raises OsmlError for any OSError inside."""
+    made = []
+    room = None
     try:
-        for kind, content in files.items():
-            if new or not (folder / names[kind]).exists():
-                _write(folder / names[kind], content)
-        _write(folder / MANIFEST, text.encode())
-        if new:
-            os.rename(folder, path)
-    except BaseException:
-        if new:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-    for old in path.glob("*.safetensors"):
-        if old.name not in names.values():
-            old.unlink(missing_ok=True)
+        if path.exists() and not (path / MANIFEST).is_file():
+            raise OsmlError(f"'{path}' exists and is no bundle: choose another place, or remove it")
+        for parent in reversed([p for p in path.parents if not p.exists()]):
+            parent.mkdir(exist_ok=True)
+            made.append(parent)
+        aside = f".{path.name}.{os.getpid()}.tmp"
+        room = path / aside if path.exists() else path.with_name(aside)
+        shutil.rmtree(room, ignore_errors=True)
+        room.mkdir()
+        yield room
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split())
+        raise OsmlError(f"cannot write the bundle '{path}': {reason}; choose another place") from error
+    finally:
+        if room is not None:
+            shutil.rmtree(room, ignore_errors=True)
+        with suppress(OSError):  # a parent that holds something, such as the bundle, stays
+            for parent in reversed(made):
+                parent.rmdir()
+
+
+def _holds(file: Path, content: bytes) -> bool:
+    return file.is_file() and file.read_bytes() == content
+
+
+def _write(file: Path, content: bytes) -> None:
+    """On the disk before anything refers to it."""
+    with open(file, "wb") as out:
+        out.write(content)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _file_names(path: Path) -> set[str]:
+    """The tensor files of the bundle that is there; none where it is damaged."""
+    try:
+        return read_manifest(path).file_names
+    except OsmlError:
+        return set()
+
+
+def _remove_unnamed(path: Path, names: set[str]) -> None:
+    """Of these files, those that the bundle does not name; none where it cannot be read."""
+    with suppress(OsmlError, OSError):
+        for name in names - read_manifest(path).file_names:
+            (path / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def bundle_lock(path: str | Path) -> Iterator[None]:
+    """Held while a bundle is read, changed and written back, so that two changes at once are both kept.
+
+    The lock is a file of this user's in the folder for temporary files. Raises OsmlError where there is no bundle.
+    """
+    read_manifest(path)
+    user = os.getuid() if hasattr(os, "getuid") else ""
+    name = f"osml-{user}-{_sha256(os.fsencode(Path(path).resolve()))[:32]}.lock"
+    lock = FileLock(Path(tempfile.gettempdir()) / name)
+    try:
+        lock.acquire()
+    except OSError as error:
+        reason = error.strerror or error
+        raise OsmlError(f"cannot lock the bundle '{path}' with '{lock.lock_file}': {reason}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# --- reading ---------------------------------------------------------------------------------------------
 
 
 def load_bundle(path: str | Path, *, factories: Sequence[str] = ()) -> OpenSetRecognizer:
@@ -80,67 +248,119 @@ def load_bundle(path: str | Path, *, factories: Sequence[str] = ()) -> OpenSetRe
         OsmlError: where there is no bundle, for one of another version, and for one with a changed byte.
     """
     path = Path(path)
-    manifest = read_manifest(path)
-    tensors = {kind: _load_tensors(path, entry) for kind, entry in manifest["files"].items()}
-    part = manifest["detector"]
-    recognizer = OpenSetRecognizer(
-        detector=detectors.create(part["name"], **part["params"]),
-        threshold=thresholds.Threshold.from_state(manifest["threshold"]),
-        alpha=manifest["alpha"],
-    )
-    recognizer.details = manifest["details"]
-    if manifest["preprocessing"] is not None:
-        recognizer.preprocessing = Preprocessing(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in manifest["preprocessing"].items()}
-        )
-    if "model" in tensors:
-        config = make_config(manifest["details"]["config"])
-        config = config.model_copy(update={"model": config.model.model_copy(update={"weights": None})})
-        model = build_model(config, **manifest["details"]["input"], factories=factories)
-        model.load_state_dict(tensors["model"])
-        model.output = manifest["details"]["output"]
-        recognizer.model = model.eval()
-    gallery = tensors["gallery"]
-    recognizer.gallery = Gallery(
-        embeddings=gallery["embeddings"],
-        labels=gallery["labels"],
-        classes={int(i): name for i, name in manifest["classes"].items()},
-        enrolled=gallery["enrolled"].bool(),
-        version=manifest["gallery_version"],
-    )
-    recognizer.class_weights = gallery.get("class_weights")
-    recognizer.proxy_ids = manifest["proxy_ids"]
-    recognizer.calibration = _held_out(gallery, "calibration", manifest["held_out_names"])
-    recognizer.validation = _held_out(gallery, "validation", manifest["held_out_names"])
-    recognizer.refit()
-    return recognizer
+    manifest, tensors = _read(path)
+    try:
+        return _recognizer(manifest, tensors, factories)
+    except OsmlError:
+        raise
+    except Exception as error:  # what fits its checksum may still be wrong in any way
+        raise _damaged(path, f"it cannot be put together ({_first_line(error)})") from error
 
 
-def read_manifest(path: str | Path) -> dict[str, Any]:
-    """`bundle.json`, checked: its format, its version and its own checksum."""
+def read_manifest(path: str | Path) -> Manifest:
+    """`bundle.json`, checked: its format, its version, its own checksum, and its fields."""
     path = Path(path)
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise OsmlError(f"no bundle at '{path}': expected a folder that `osml train --out` wrote") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path, f"{MANIFEST} cannot be read") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise _damaged(path, f"{MANIFEST} is not of the format '{FORMAT}'")
-    if manifest.get("sha256") != _manifest_sha256(manifest):
-        raise _damaged(path, f"{MANIFEST} does not match its checksum")
     if manifest.get("version") != VERSION:
         raise OsmlError(
-            f"bundle '{path}' has version {manifest.get('version')}, and this osml-plugin reads version {VERSION}: "
+            f"bundle '{path}' has version {manifest.get('version')!r}, and this osml-plugin reads version {VERSION}: "
             "install the osml-plugin that wrote it, or train again"
         )
-    return manifest
+    try:
+        if manifest.get("sha256") != _manifest_sha256(manifest):
+            raise _damaged(path, f"{MANIFEST} does not match its checksum")
+        checked = Manifest.model_validate(manifest)
+        if "gallery" not in checked.files:
+            raise _damaged(path, f"{MANIFEST} names no gallery")
+        (_ModelDetails if "model" in checked.files else _Details).model_validate(checked.details)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise _damaged(path, f"{MANIFEST} is wrong at {where!r}: {first['msg']}") from error
+    except RecursionError as error:
+        raise _damaged(path, f"{MANIFEST} cannot be read") from error
+    return checked
 
 
-def bundle_lock(path: str | Path) -> FileLock:
-    """Held while a bundle is read, changed and written back, so that two changes at once are both kept."""
-    path = Path(path).resolve()
-    return FileLock(path.with_name(f".{path.name}.lock"))
+def _read(path: Path) -> tuple[Manifest, dict[str, dict[str, Tensor]]]:
+    """The manifest and the tensors that it names; read again where a writer has exchanged them in between."""
+    manifest = read_manifest(path)
+    for left in reversed(range(READS)):
+        try:
+            return manifest, {kind: _load_tensors(path, file) for kind, file in manifest.files.items()}
+        except OsmlError:
+            before, manifest = manifest, read_manifest(path)
+            if manifest == before or not left:
+                raise
+
+
+def _recognizer(
+    manifest: Manifest, tensors: dict[str, dict[str, Tensor]], factories: Sequence[str]
+) -> OpenSetRecognizer:
+    recognizer = OpenSetRecognizer(
+        detector=detectors.create(manifest.detector.name, **manifest.detector.params),
+        threshold=thresholds.Threshold.from_state(manifest.threshold.model_dump()),
+        alpha=manifest.alpha,
+        preprocessing=manifest.preprocessing,
+    )
+    recognizer.details = manifest.details
+    if "model" in tensors:
+        config = make_config(manifest.details["config"])
+        config = config.model_copy(update={"model": config.model.model_copy(update={"weights": None})})
+        model = build_model(config, **manifest.details["input"], factories=factories)
+        model.load_state_dict(tensors["model"])
+        model.output = manifest.details["output"]
+        recognizer.model = model.eval()
+    gallery = tensors["gallery"]
+    if not set(gallery["labels"].tolist()) <= set(manifest.classes):
+        raise ValueError("the gallery holds classes without a name")
+    if not len(gallery["labels"]) == len(gallery["embeddings"]) == len(gallery["enrolled"]):
+        raise ValueError("the gallery's tensors are not of one length")
+    recognizer.gallery = Gallery(
+        embeddings=gallery["embeddings"],
+        labels=gallery["labels"],
+        classes=manifest.classes,
+        enrolled=gallery["enrolled"].bool(),
+        version=manifest.gallery_version,
+        next_id=manifest.next_id,
+    )
+    recognizer.class_weights = gallery.get("class_weights")
+    recognizer.proxy_ids = manifest.proxy_ids
+    recognizer.calibration = _held_out(gallery, "calibration", manifest.held_out_names)
+    recognizer.validation = _held_out(gallery, "validation", manifest.held_out_names)
+    recognizer.refit()
+    return recognizer
+
+
+def _load_tensors(path: Path, file: _File) -> dict[str, Tensor]:
+    try:
+        content = (path / file.name).read_bytes()
+    except OSError as error:
+        raise _damaged(path, f"{file.name} cannot be read ({error.strerror})") from error
+    if _sha256(content) != file.sha256:
+        raise _damaged(path, f"{file.name} does not match its checksum")
+    try:
+        return load(content)
+    except Exception as error:  # safetensors has its own, and torch others
+        raise _damaged(path, f"{file.name} holds no tensors ({_first_line(error)})") from error
+
+
+def _damaged(path: Path, what: str) -> OsmlError:
+    return OsmlError(f"bundle '{path}' is damaged: {what}; restore it from a copy, or train again")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+# --- both ------------------------------------------------------------------------------------------------
 
 
 def _manifest(recognizer: OpenSetRecognizer) -> dict[str, Any]:
@@ -150,6 +370,7 @@ def _manifest(recognizer: OpenSetRecognizer) -> dict[str, Any]:
         "format": FORMAT,
         "version": VERSION,
         "classes": {str(i): name for i, name in sorted(recognizer.gallery.classes.items())},
+        "next_id": recognizer.gallery.next_id,
         "gallery_version": recognizer.gallery.version,
         "detector": {"name": recognizer.detector.name, "params": recognizer.detector.params},
         "threshold": recognizer.threshold.state(),
@@ -184,33 +405,6 @@ def _held_out(tensors: dict[str, Tensor], kind: str, names: dict[str, list[str]]
         return None
     codes = tensors[f"{kind}_names"].tolist()
     return LabelledEmbeddings(tensors[f"{kind}_embeddings"], tuple(names[kind][c] for c in codes))
-
-
-def _load_tensors(path: Path, entry: dict[str, str]) -> dict[str, Tensor]:
-    name = entry["name"]
-    if Path(name).name != name:
-        raise _damaged(path, f"its file '{name}' lies outside of it")
-    try:
-        content = (path / name).read_bytes()
-    except OSError as error:
-        raise _damaged(path, f"{name} cannot be read ({error.strerror})") from error
-    if _sha256(content) != entry["sha256"]:
-        raise _damaged(path, f"{name} does not match its checksum")
-    return load(content)
-
-
-def _damaged(path: Path, what: str) -> OsmlError:
-    return OsmlError(f"bundle '{path}' is damaged: {what}; restore it from a copy, or train again")
-
-
-def _write(file: Path, content: bytes) -> None:
-    """The whole file or none of it, and on the disk before anything refers to it."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    with open(aside, "wb") as out:
-        out.write(content)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(aside, file)
 
 
 def _sha256(content: bytes) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 from collections.abc import Callable
@@ -96,16 +97,18 @@ def train(
         "bundle": str(result.bundle),
         "split": result.split.to_dict(),
         "n_items": result.n_items,
-        "output": recognizer.details["output"],
+        "output": result.recognizer.details["output"],
         "detector": {"name": recognizer.detector.name, **recognizer.detector.params},
         "threshold": recognizer.threshold.state(),
         "validation": {"oscr": best.oscr, "auroc": best.auroc} if best else None,
+        "guarantee": str(recognizer.guarantee) if recognizer.guarantee is not None else None,
         "skipped": [str(p) for p, _ in result.skipped],
     }
+    if recognizer.guarantee is not None and not recognizer.guarantee.possible:
+        print(f"osml: warning: {recognizer.guarantee}", file=sys.stderr)
     if as_json:
         _print_json(summary)
         return
-    _notice_skipped(result.skipped)
     print("split      " + json.dumps(summary["split"], ensure_ascii=False))
     print("items      " + ", ".join(f"{n} {role}" for role, n in result.n_items.items()))
     if best:
@@ -114,7 +117,7 @@ def train(
     else:
         print(f"detector   {_call(recognizer.detector)}: the default, as there is no pseudo-unknown class to choose by")
     print(f"threshold  {_call(recognizer.threshold)}: τ = {recognizer.threshold.tau:.4g}")
-    if recognizer.guarantee is not None:
+    if recognizer.guarantee is not None and recognizer.guarantee.possible:
         print(f"promise    {recognizer.guarantee}")
     print(f"bundle     {result.bundle}")
 
@@ -130,6 +133,7 @@ def evaluate(
     alpha: Annotated[
         float | None, typer.Option(help="Another share of known items that may be rejected than the bundle's.")
     ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Seed of the grouping.")] = 0,
     skip_bad: SkipBad = False,
     trust_factory: Trust = None,
     as_json: AsJson = False,
@@ -143,7 +147,7 @@ def evaluate(
     if report is not None:
         from .report import write_report  # first, so that what it needs is asked for before the work
     result, items = commands.evaluate(
-        model, data, split=split, alpha=alpha, skip_bad=skip_bad, factories=trust_factory or ()
+        model, data, split=split, alpha=alpha, skip_bad=skip_bad, factories=trust_factory or (), seed=seed
     )
     if report is not None:
         write_report(report, result, paths=items.paths)
@@ -225,7 +229,7 @@ def discover(
     everything: Annotated[
         bool, typer.Option("--all", help="Group all items, not only those that are rejected.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the grouping.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Seed of the grouping.")] = 0,
     skip_bad: SkipBad = False,
     trust_factory: Trust = None,
     as_json: AsJson = False,
@@ -246,7 +250,7 @@ def discover(
         factories=trust_factory or (),
     )
     groups, items = result.groups, result.items
-    names = [str(p) for p in items.paths] if items.paths is not None else [str(i) for i in range(len(items))]
+    names = [str(p) for p in items.paths] if items.paths is not None else [str(i) for i in result.indices]
     members = [[i for i, g in enumerate(groups.labels) if g == group] for group in range(groups.n_classes)]
     summary = {
         "n_items": len(items),
@@ -347,10 +351,7 @@ def list_losses(as_json: AsJson = False) -> None:
     """
     from . import pml
 
-    given = {"num_classes", "embedding_size", "descriptors_dim"}
-    rows = [
-        {"name": n, "arguments": [a for a in pml.arguments("loss", n) if a not in given]} for n in pml.names("loss")
-    ]
+    rows = [{"name": n, "arguments": list(pml.settable("loss", n))} for n in pml.names("loss")]
     if as_json:
         _print_json({"losses": rows})
         return
@@ -360,6 +361,10 @@ def list_losses(as_json: AsJson = False) -> None:
 
 def main() -> None:
     """The console script: a user's mistake is one line on standard error and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without τ shows its number
+    logging.basicConfig(format="osml: %(message)s", level=logging.WARNING)
     _run(app)
 
 
@@ -372,6 +377,9 @@ def _run(command: Callable[[], Any]) -> None:
     except BrokenPipeError:
         sys.stderr.close()  # the reader has gone: nothing more to say
         sys.exit(1)
+    except OSError as error:
+        print(f"osml: error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _print_json(value: dict) -> None:
@@ -387,13 +395,7 @@ def _print_gallery(recognizer: Any, as_json: bool, what: str, fields: dict) -> N
         return
     print(f"{what}; {len(gallery.classes)} classes: {', '.join(gallery.class_names)}")
     if promise:
-        print(promise)
-
-
-def _notice_skipped(skipped: list[tuple[Path, str]]) -> None:
-    if skipped:
-        path, reason = skipped[0]
-        print(f"skipped {len(skipped)} unreadable images, the first is '{path}' ({reason})", file=sys.stderr)
+        print(f"of the classes it was trained on, {promise}")
 
 
 def _figure(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -11,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import UNKNOWN, detectors, thresholds
-from .bundle import MANIFEST, bundle_lock, load_bundle, save_bundle
+from . import UNKNOWN, detectors, pml, thresholds
+from .bundle import MANIFEST, bundle_lock, check_writable, load_bundle, save_bundle
 from .config import Config, load_config
 from .data import (
     ImageSurvey,
@@ -34,8 +35,10 @@ from .pml import class_weights
 from .recognizer import OpenSetRecognizer, Recognition
 from .selection import DEFAULT, Cached, Candidate, has_unknown, select
 from .selection import candidates as detector_candidates
-from .training import build_model, epochs, seed_everything, train_model
+from .training import build_model, checked_device, epochs, seed_everything, train_model
 from .training_data import TrainingData
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,9 @@ def train(
     split = _split(split, items, n_known, config.seed)
     items, survey = _readable(items, skip_bad, progress)
     roles = training_roles(items, split, fractions=config.data.fractions, seed=config.seed)
+    _check_choices(config, split, epochs(config, 0 if survey is None else 1))
+    check_writable(out)
+    device = checked_device(device)
     seed_everything(config.seed)
 
     run = TrainingData(items, split, roles, survey, config)
@@ -127,8 +133,6 @@ def train(
         candidates = select(
             outputs, run.labels["train"], run.labels["validation"], tried, seed=config.seed, progress=progress
         )
-        if not candidates:
-            raise OsmlError(f"detector '{config.detector.name}' needs class weights, which this loss does not train")
     model.output = candidates[0].output if candidates else next(iter(cached))
     embedded, weights = cached[model.output]
     recognizer = OpenSetRecognizer(
@@ -177,8 +181,8 @@ def evaluate(
 ) -> tuple[Evaluation, Items]:
     """Test a bundle on the items of `data` that it has not seen; the items that were tested come with it.
 
-    Where the data declare a test role, that is tested; else every item that the bundle was not trained, calibrated,
-    validated or enrolled on. Pseudo-unknown classes take no part: they were chosen by. `split` limits the classes to
+    Tested is every item that the bundle was not trained, calibrated, validated or enrolled on; where the data declare
+    a test role, of these. Pseudo-unknown classes take no part: they were chosen by. `split` limits the classes to
     those that it names; without it every class that the bundle does not know is unknown. `alpha` has the threshold
     fitted again, on the bundle's own calibration items, at another rate.
     """
@@ -242,6 +246,8 @@ class DiscoverResult:
 
     items: Items
     """Those that were grouped."""
+    indices: np.ndarray
+    """Their places in the source."""
     groups: Discovery
     n_recognised: int
     """Items left out because they were recognised as known."""
@@ -270,7 +276,7 @@ def discover(
     groups = recognizer.group(embeddings[keep], n_classes=n_classes, seed=seed)
     chosen = items.select(keep)
     metrics = discovery_metrics(chosen.labels, groups.labels) if chosen.labels is not None else None
-    return DiscoverResult(chosen, groups, int((~keep).sum()), metrics)
+    return DiscoverResult(chosen, np.flatnonzero(keep), groups, int((~keep).sum()), metrics)
 
 
 def enroll(
@@ -330,6 +336,8 @@ def _readable(items: Items, skip_bad: bool, progress: bool) -> tuple[Items, Imag
     if items.embeddings is not None:
         return items, None
     survey = inspect_images(items.paths, skip_bad=skip_bad, progress=progress)
+    for path, reason in survey.bad:
+        logger.warning("skipped '%s': %s", path, reason)
     return (items if len(survey.good) == len(items) else items.select(survey.good)), survey
 
 
@@ -371,6 +379,8 @@ def _cached(
 ) -> dict[str, tuple[dict[str, torch.Tensor], torch.Tensor | None]]:
     """By output of the model: the embeddings of each role, and the class weights that go with them."""
     outputs = OUTPUTS if config.model.output == "auto" else (config.model.output,)
+    if config.detector.name != "auto" and detectors.registry.get(config.detector.name).needs_class_weights:
+        outputs = ("embedder",)  # where the proxies are
     if isinstance(model.embedder, torch.nn.Identity):
         outputs = ("embedder",)  # the same as the trunk's
     features = run.features(model, device, progress)
@@ -402,7 +412,31 @@ def _chosen_detector(config: Config, candidates: list[Candidate]) -> detectors.D
 
 
 def _threshold(config: Config) -> thresholds.Threshold:
-    args = config.threshold.args
-    if config.threshold.name == "conformal":
-        args = {"alpha": config.alpha} | args
-    return thresholds.create(config.threshold.name, **args)
+    """The configured threshold; rules on the known side keep `alpha` unless told their own rate."""
+    name, args = config.threshold.name, config.threshold.args
+    own = {"conformal": {"alpha": config.alpha}, "quantile": {"accepted": 1 - config.alpha}}.get(name, {})
+    if own and args and "alpha" in config.model_fields_set:
+        raise OsmlError(f"alpha and threshold.{next(iter(args))} say the same thing twice: give one of them")
+    return thresholds.create(name, **own | args)
+
+
+def _check_choices(config: Config, split: Split, n_epochs: int) -> None:
+    """What cannot work together is refused before anything is trained."""
+    threshold = _threshold(config)
+    if threshold.needs_unknown and not split.pseudo_unknown:
+        raise OsmlError(
+            f"threshold '{threshold.name}' is chosen on pseudo-unknown classes, and the split has none: name some, or "
+            "use the threshold 'conformal'"
+        )
+    if config.training.patience is not None and not split.pseudo_unknown:
+        raise OsmlError(
+            "training.patience watches pseudo-unknown classes, and the split has none: name some, or drop it"
+        )
+    name = config.detector.name
+    if name != "auto" and detectors.registry.get(name).needs_class_weights:
+        proxies = n_epochs and "num_classes" in pml.arguments("loss", config.loss.name)
+        if not proxies or config.model.output == "trunk":
+            raise OsmlError(
+                f"detector '{name}' needs class weights, which come from training with a classification loss such as "
+                "ArcFaceLoss and live at the embedder's output: change detector, loss, or model.output"
+            )

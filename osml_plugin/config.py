@@ -35,7 +35,7 @@ NamedPart = Annotated[Part, BeforeValidator(_named)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataConfig(Section):
@@ -88,7 +88,7 @@ class TrainingConfig(Section):
 class Config(Section):
     """All that `osml train` can be told."""
 
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     alpha: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """The share of known items that may be rejected."""
     data: DataConfig = DataConfig()
@@ -137,7 +137,7 @@ def load_config(file: str | Path | None = None, overrides: Iterable[str] = ()) -
             values = yaml.load(Path(file).read_text(encoding="utf-8"), _Loader) or {}
         except OSError as error:
             raise OsmlError(f"cannot read the configuration '{file}': {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date such as 2001-99-99
             problem = " ".join(str(error).split())
             raise OsmlError(f"the configuration '{file}' is not YAML: {problem}") from error
         if not isinstance(values, dict):
@@ -174,7 +174,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         values = below
     try:
         values[path[-1]] = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise OsmlError(f"cannot read the value of --set '{override}': expected YAML, such as 20 or [1, 2]") from error
 
 

@@ -25,7 +25,8 @@ class Evaluation:
     """Of the grouping of all items of unknown classes; None if there are none."""
     detector: str
     threshold: float
-    alpha: float
+    alpha: float | None
+    """The share of known items that may be rejected; None where the threshold follows another rule."""
     recognition: Recognition
     names: tuple[str, ...]
     """`(N,)` the true class name of each item."""
@@ -69,7 +70,7 @@ def evaluate_embeddings(
         discovery=discovery,
         detector=recognizer.detector.name,
         threshold=recognizer.threshold.tau,
-        alpha=recognizer.alpha,
+        alpha=recognizer.kept_rate,
         recognition=recognition,
         names=tuple(names),
         labels=labels,

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import UNKNOWN
 from .errors import OsmlError, unknown_name
 from .neighbors import NeighborIndex
 
@@ -34,6 +35,8 @@ class Gallery:
     classes: Mapping[int, str]
     enrolled: Tensor
     """`(R,)` bool: references that were enrolled, on top of those of the training."""
+    next_id: int
+    """The id of the next new class: never one that was used before, so that nothing is taken for a forgotten class."""
     version: int = 0
 
     def __len__(self) -> int:
@@ -53,11 +56,13 @@ class Gallery:
 
     def add(self, name: str, embeddings: Tensor) -> Gallery:
         """With examples `(M, D)` of a class, old or new."""
-        if not name or name != name.strip():
-            raise OsmlError(f"a class needs a name without blanks at its ends; got {name!r}")
+        if not name or name != name.strip() or not name.isprintable():
+            raise OsmlError(f"a class needs a name of printable characters without blanks at its ends; got {name!r}")
+        if name == str(UNKNOWN):
+            raise OsmlError(f"a class cannot be named {name}: that is the label of what is unknown")
         classes = dict(self.classes)
-        known = {n: i for i, n in classes.items()}
-        label = known.get(name, self._free_id(name))
+        label = {n: i for i, n in classes.items()}.get(name)
+        label = self._new_id(name) if label is None else label
         classes[label] = name
         return replace(
             self,
@@ -65,20 +70,22 @@ class Gallery:
             labels=torch.cat([self.labels, self.labels.new_full((len(embeddings),), label)]),
             classes=classes,
             enrolled=torch.cat([self.enrolled, torch.ones(len(embeddings), dtype=torch.bool)]),
+            next_id=max(self.next_id, label + 1),
             version=self.version + 1,
         )
 
-    def _free_id(self, name: str) -> int:
-        """A name that is a number keeps it as its id, so that integer labels stay what they are."""
-        if name.isdecimal() and int(name) not in self.classes and all(str(i) == n for i, n in self.classes.items()):
+    def _new_id(self, name: str) -> int:
+        """A new number among classes named by their ids keeps it, so that integer labels stay what they are."""
+        numbers = all(str(i) == n for i, n in self.classes.items())
+        if numbers and name.isdecimal() and self.next_id <= int(name) < 2**31:
             return int(name)
-        return max(self.classes, default=-1) + 1
+        return self.next_id
 
     def remove(self, name: str) -> Gallery:
         """Without a class and all its references."""
         label = self.id_of(name)
-        if len(self.classes) == 1:
-            raise OsmlError(f"'{name}' is the only class left: a gallery cannot be empty")
+        if len(self.classes) == 2:
+            raise OsmlError(f"'{name}' is one of the last two classes: a gallery needs at least two")
         keep = self.labels != label
         classes = {i: n for i, n in self.classes.items() if i != label}
         return replace(

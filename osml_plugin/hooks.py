@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from math import isnan
 from typing import Any
 
 import torch
@@ -11,10 +12,12 @@ from torch.utils.data import Dataset
 
 from . import UNKNOWN, detectors
 from .embedding import EmbeddingModel, embed_dataset
-from .errors import OsmlError
+from .errors import OsmlError, unknown_name
 from .metrics import OpenSetMetrics, open_set_metrics
 
 logger = logging.getLogger(__name__)
+
+HIGHER_IS_BETTER = ("auroc", "aupr_unknown", "aupr_known", "oscr", "closed_set_accuracy")
 
 
 class OpenSetHook:
@@ -29,7 +32,7 @@ class OpenSetHook:
         validation: a dataset of `(input, label)`; an item is unknown if its label is `UNKNOWN`, or none of
             the reference. Pseudo-unknown classes, never those of the test.
         detector: by name; one that needs no class weights.
-        metric: the field of `OpenSetMetrics` that `patience` watches.
+        metric: what `patience` watches: auroc, aupr_unknown, aupr_known, oscr or closed_set_accuracy.
         patience: epochs without a better value after which training stops; `restore_best` then gives back the
             weights of the best epoch. None = never.
     """
@@ -46,8 +49,8 @@ class OpenSetHook:
         batch_size: int = 256,
         workers: int = 0,
     ):
-        if metric not in OpenSetMetrics.__dataclass_fields__:
-            raise OsmlError(f"no metric '{metric}': choices: {', '.join(OpenSetMetrics.__dataclass_fields__)}")
+        if metric not in HIGHER_IS_BETTER:
+            raise unknown_name("metric to watch", metric, HIGHER_IS_BETTER)
         self.reference, self.validation = reference, validation
         self.detector = detectors.create(detector)
         self.metric, self.patience = metric, patience
@@ -58,9 +61,14 @@ class OpenSetHook:
 
     def __call__(self, trainer) -> bool:
         """Called by the trainer; False tells it to stop."""
-        model = EmbeddingModel(trainer.models["trunk"], trainer.models["embedder"], self.unit_norm)
+        model = EmbeddingModel(trainer.models["trunk"], trainer.models["embedder"], self.unit_norm).eval()
         metrics = self.evaluate(model, trainer.data_device)
         value = getattr(metrics, self.metric)
+        if isnan(value):
+            raise OsmlError(
+                f"{self.metric} is undefined on these validation items: they must hold known and unknown ones "
+                f"(there are {metrics.n_known_items} and {metrics.n_unknown_items})"
+            )
         self.history.append({"epoch": trainer.epoch, **metrics.to_dict()})
         logger.info("epoch %d: validation %s %.4f, AUROC %.4f", trainer.epoch, self.metric, value, metrics.auroc)
         trainer.epoch_note = f", validation {self.metric} {value:.3f}"

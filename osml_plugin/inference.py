@@ -71,7 +71,7 @@ class OpenSetInferenceModel(InferenceModel):
         self.recognizer.enroll(str(label), self.get_embeddings_from_tensor_or_dataset(inputs, batch_size).cpu())
 
     def _embed(self, dataset: Dataset) -> tuple[Tensor, Tensor]:
-        model = EmbeddingModel(self.trunk, self.embedder, self.normalize_embeddings)
+        model = EmbeddingModel(self.trunk, self.embedder, self.normalize_embeddings).eval()
         embeddings, labels = embed_dataset(model, dataset, device=self.data_device, progress="embedding")
         if labels is None:
             raise OsmlError("these datasets must give (input, label); this one gives inputs alone")

@@ -9,6 +9,9 @@ from torch import Tensor
 EXACT_UP_TO = 100_000
 """References beyond which the CPU search is approximate (HNSW), so that it grows sub-linearly."""
 
+MAX_GATHERED = 2**25
+"""Numbers gathered at once for the distances: 128 MiB."""
+
 
 class NeighborIndex:
     """An index over references `(R, D)` float32; a cache, never the truth.
@@ -40,6 +43,8 @@ class NeighborIndex:
             if isinstance(self._faiss, faiss.IndexHNSW):
                 self._faiss.hnsw.efSearch = max(64, 2 * k)
             candidates = torch.from_numpy(self._faiss.search(queries.contiguous().numpy(), k)[1])
-        distances = (queries[:, None, :] - self.references[candidates]).norm(dim=2)
+        rows = max(1, MAX_GATHERED // (max(k, 1) * queries.shape[1]))
+        parts = zip(queries.split(rows), candidates.split(rows), strict=True)
+        distances = torch.cat([(q[:, None, :] - self.references[c]).norm(dim=2) for q, c in parts])
         distances, order = distances.sort(dim=1, stable=True)
         return distances, candidates.gather(1, order)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import OsmlError, unknown_name
-from .registry import check_arguments
+from .errors import unknown_name
+from .registry import check_arguments, refusing
 
 _OTHER_STEP = {"Optimizer", "LBFGS", "SparseAdam"}  # these need a closure, or sparse gradients
 
@@ -29,7 +29,5 @@ def check(name: str, args: Mapping[str, Any]) -> None:
 
 def build(name: str, args: Mapping[str, Any], parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     check(name, args)
-    try:
+    with refusing(f"optimizer '{name}' refuses its arguments"):
         return getattr(torch.optim, name)(parameters, **args)
-    except (TypeError, ValueError) as error:
-        raise OsmlError(f"optimizer '{name}' refuses its arguments: {error}") from error

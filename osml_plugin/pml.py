@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from .errors import OsmlError, unknown_name
-from .registry import check_arguments
+from .registry import check_arguments, refusing
 
 _MODULES = {
     "loss": losses,
@@ -34,6 +34,7 @@ _NESTED = {
     "weight_regularizer": "regularizer",
 }
 # What the trainer knows, and under which names the parts ask for it.
+_SUPPLIED = {"num_classes", "embedding_size", "labels", "batch_size", "epoch_length"}
 _SUPPLIED_AS = {"descriptors_dim": "embedding_size", "l": "embedding_size", "length_before_new_iter": "epoch_length"}
 # Set by a part's own base class, not by its user.
 _INTERNAL = {"mat_based_loss", "collect_stats", "weight_init_func"}
@@ -81,9 +82,19 @@ def arguments(kind: str, name: str) -> dict[str, inspect.Parameter]:
     return found
 
 
+def settable(kind: str, name: str) -> dict[str, inspect.Parameter]:
+    """The arguments of a part that are its user's to set: all but what the trainer fills in."""
+    return {k: p for k, p in arguments(kind, name).items() if _SUPPLIED_AS.get(k, k) not in _SUPPLIED}
+
+
 def check(kind: str, name: str, args: Mapping[str, Any]) -> None:
-    """OsmlError for a part or an argument that does not exist, naming the nearest that does; nested parts too."""
-    check_arguments(kind, name, args, arguments(kind, name))
+    """OsmlError for a part or an argument that does not exist, naming the nearest that does, and for an argument that
+    the trainer fills in; nested parts too."""
+    allowed = settable(kind, name)
+    for key in args:
+        if key in arguments(kind, name) and key not in allowed:
+            raise OsmlError(f"argument '{key}' of {kind} '{name}' is filled in by the trainer: leave it out")
+    check_arguments(kind, name, args, allowed)
     for key, value in args.items():
         if key in _NESTED:
             for part in value if isinstance(value, list) else [value]:
@@ -103,10 +114,8 @@ def build(kind: str, name: str, args: Mapping[str, Any], **supplied: Any) -> Any
             given[key] = supplied[source]
         elif wanted[key].default is inspect.Parameter.empty:
             raise OsmlError(f"{kind} '{name}' needs the argument '{key}': set {kind}.{key}")
-    try:
+    with refusing(f"{kind} '{name}' refuses its arguments", f"change '{kind}' in the config"):
         return _part_class(kind, name)(**given)
-    except (AssertionError, TypeError, ValueError, RuntimeError) as error:
-        raise OsmlError(f"{kind} '{name}' refuses its arguments ({error}): change '{kind}' in the config") from error
 
 
 def class_weights(loss: nn.Module) -> Tensor | None:

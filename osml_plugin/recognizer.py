@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from . import UNKNOWN, detectors, thresholds
 from .detectors import Detector
-from .detectors.base import check_embeddings
+from .detectors.base import check_class_weights, check_embeddings
 from .discovery import Discovery, discover
 from .embedding import embed_dataset, loading_workers
 from .errors import OsmlError
@@ -86,7 +86,9 @@ class OpenSetRecognizer:
     validation: LabelledEmbeddings | None = field(default=None, init=False)
     class_weights: Tensor | None = field(default=None, init=False)
     calibration_scores: np.ndarray | None = field(default=None, init=False)
-    """Unknown scores of known items that the detector has not seen; what thresholds and p-values rest on."""
+    """Unknown scores of the calibration items whose classes are in the gallery."""
+    enrolled_scores: np.ndarray | None = field(default=None, init=False)
+    """Those of the enrolled examples, each from a detector that was fitted without it."""
     proxy_ids: list[int] = field(default_factory=list, init=False)
     """The class id of each row of `class_weights`."""
     details: dict[str, Any] = field(default_factory=dict, init=False)
@@ -141,12 +143,13 @@ class OpenSetRecognizer:
             labels=torch.tensor([ids[n] for n in data.names]),
             classes={i: n for n, i in ids.items()},
             enrolled=torch.zeros(len(data), dtype=torch.bool),
+            next_id=max(ids.values()) + 1,
         )
         self.calibration = held
         self.validation = self._labelled(*validation) if validation is not None else None
+        self.class_weights, self.proxy_ids = None, sorted(ids.values())
         if class_weights is not None:
-            self.class_weights = class_weights if class_weights.ndim == 3 else class_weights[:, None]
-            self.proxy_ids = sorted(ids.values())
+            self.class_weights = check_class_weights(class_weights, len(ids), data.embeddings)
         self._check_width(held.embeddings)
         self.refit()
         return self
@@ -177,19 +180,28 @@ class OpenSetRecognizer:
         """Fit detector and threshold on the gallery and the held-out items that are here now."""
         gallery = self._fitted_gallery()
         self.detector = self._fitted_detector(gallery)
-        self.calibration_scores = self._scores_of_known()
-        if self.threshold.needs_unknown:
-            if self.validation is not None:
-                known = set(gallery.classes.values())
-                is_unknown = np.array([n not in known for n in self.validation.names], dtype=bool)
-                self.threshold.fit(self.detector.score(self.validation.embeddings), is_unknown=is_unknown)
+        self.calibration_scores, self.enrolled_scores = self._scores_of_known()
+        threshold = self.threshold
+        if threshold.needs_unknown:
+            self._fit_on_validation()
         elif len(self.calibration_scores):
-            self.threshold.fit(self.calibration_scores)
-        if self.threshold.tau is None:
-            missing = (
-                "validation items, known and pseudo-unknown" if self.threshold.needs_unknown else "calibration items"
-            )
-            raise OsmlError(f"nothing to fit the threshold '{self.threshold.name}' on: it needs {missing}")
+            # Whatever is enrolled, the classes of the training keep their rate: new ones can only raise τ.
+            tau = threshold.fit(self.calibration_scores).tau
+            if len(self.enrolled_scores):
+                both = np.concatenate([self.calibration_scores, self.enrolled_scores])
+                threshold.tau = max(tau, threshold.fit(both).tau)
+        if threshold.tau is None:
+            missing = "validation items, known and pseudo-unknown" if threshold.needs_unknown else "calibration items"
+            raise OsmlError(f"nothing to fit the threshold '{threshold.name}' on: it needs {missing}")
+
+    def _fit_on_validation(self) -> None:
+        """Fit a threshold on known and pseudo-unknown items, as long as there are both: enrolling the last
+        pseudo-unknown class leaves the threshold as it was."""
+        if self.validation is None:
+            return
+        is_unknown = ~np.isin(self.validation.names, self.class_names)
+        if self.threshold.tau is None or (is_unknown.any() and not is_unknown.all()):
+            self.threshold.fit(self.detector.score(self.validation.embeddings), is_unknown=is_unknown)
 
     # Answering --------------------------------------------------------------------------------------------
 
@@ -198,9 +210,17 @@ class OpenSetRecognizer:
         return self._fitted_gallery().class_names
 
     @property
+    def kept_rate(self) -> float | None:
+        """The share of known items that the threshold may reject; None where it follows another rule."""
+        if isinstance(self.threshold, thresholds.Quantile):
+            return 1 - self.threshold.accepted
+        return getattr(self.threshold, "alpha", None)
+
+    @property
     def guarantee(self) -> Guarantee | None:
-        """What can be promised of the share of known items rejected; None for thresholds that promise nothing."""
-        if not isinstance(self.threshold, thresholds.Conformal):
+        """What can be promised of the share of known items rejected, for the classes that have calibration items
+        (not for enrolled ones); None for thresholds that promise nothing."""
+        if not isinstance(self.threshold, thresholds.Conformal) or not len(self.calibration_scores):
             return None
         return thresholds.guarantee(len(self.calibration_scores), self.threshold.alpha)
 
@@ -209,6 +229,7 @@ class OpenSetRecognizer:
         if isinstance(items, np.ndarray | Tensor) and np.ndim(items) == 2:
             embeddings = check_embeddings(items).cpu()
             if self.model is not None and self.preprocessing is None:
+                self._check_input_width(embeddings)
                 embeddings = embed_dataset(self.model, embeddings, progress=progress)[0]
         elif self.preprocessing is None:
             raise OsmlError("this recognizer takes embeddings of shape (items, width), not images: it has no model")
@@ -235,14 +256,13 @@ class OpenSetRecognizer:
         labels, scores = self.detector.predict(embeddings)
         rejected = self.threshold.decide(scores)
         nearest = tuple(gallery.classes[i] for i in labels.tolist())
-        calibrated = len(self.calibration_scores) > 0
         return Recognition(
             labels=np.where(rejected, UNKNOWN, labels.numpy()),
             names=tuple(None if r else n for r, n in zip(rejected, nearest, strict=True)),
             nearest=nearest,
             scores=scores.numpy(),
             threshold=self.threshold.tau,
-            p_values=thresholds.p_values(scores, self.calibration_scores) if calibrated else None,
+            p_values=self._p_values(scores),
             neighbours=tuple(tuple(row) for row in gallery.neighbors(embeddings, neighbours)) if neighbours else (),
         )
 
@@ -255,7 +275,16 @@ class OpenSetRecognizer:
         held = [h for h in (self.calibration, self.validation) if h is not None and len(h)]
         known = torch.cat([h.embeddings for h in held]) if held else None
         names = np.concatenate([np.array(h.names) for h in held]) if held else None
-        return discover(embeddings, known_embeddings=known, known_labels=names, n_classes=n_classes, seed=seed)
+        # Pseudo-unknown and forgotten classes say how fine a class is, but are to be found if they are there.
+        known_now = np.isin(names, self.class_names) if held else None
+        return discover(
+            embeddings,
+            known_embeddings=known,
+            known_labels=names,
+            in_gallery=known_now,
+            n_classes=n_classes,
+            seed=seed,
+        )
 
     # On disk ----------------------------------------------------------------------------------------------
 
@@ -286,6 +315,13 @@ class OpenSetRecognizer:
     def _check_width(self, embeddings: Tensor) -> None:
         if embeddings.shape[1] != self._width:
             raise OsmlError(f"embeddings are {embeddings.shape[1]} wide, but the gallery's are {self._width}")
+
+    def _check_input_width(self, vectors: Tensor) -> None:
+        expected = self.details.get("input", {}).get("size", vectors.shape[1])
+        if vectors.shape[1] != expected:
+            raise OsmlError(
+                f"embeddings are {vectors.shape[1]} wide, but this recognizer was trained on embeddings of {expected}"
+            )
 
     def _labelled(self, embeddings: ArrayLike, labels: Sequence | ArrayLike) -> LabelledEmbeddings:
         embeddings = check_embeddings(embeddings).cpu()
@@ -325,41 +361,59 @@ class OpenSetRecognizer:
             rows.append(trained[label])
         return torch.stack(rows)
 
-    def _scores_of_known(self) -> np.ndarray:
-        """Scores of known items that the detector has not seen: the calibration role, and the enrolled examples,
+    def _scores_of_known(self) -> tuple[np.ndarray, np.ndarray]:
+        """Scores of known items that the detector has not seen: of the calibration role, and of the enrolled examples,
         each scored by a detector that was fitted without it (of a class with one example there is none)."""
         gallery = self.gallery
-        known = set(gallery.classes.values())
-        kept = torch.tensor([n in known for n in self.calibration.names], dtype=torch.bool)
-        scores = [self.detector.score(self.calibration.embeddings[kept])]
-        fold = _folds(gallery)
+        kept = torch.from_numpy(np.isin(self.calibration.names, self.class_names))
+        calibration = self.detector.score(self.calibration.embeddings[kept])
+        fold, enrolled = _folds(gallery), [calibration[:0]]
         for f in range(int(fold.max()) + 1):
             rest = replace(gallery, embeddings=gallery.embeddings[fold != f], labels=gallery.labels[fold != f])
-            scores.append(self._fitted_detector(rest).score(gallery.embeddings[fold == f]))
-        return torch.cat(scores).numpy()
+            enrolled.append(self._fitted_detector(rest).score(gallery.embeddings[fold == f]))
+        return calibration.numpy(), torch.cat(enrolled).numpy()
+
+    def _p_values(self, scores: Tensor) -> np.ndarray | None:
+        """Conformal p-values, such that p ≤ α and rejected by a conformal threshold are the same thing."""
+        if not len(self.calibration_scores):
+            return None
+        p = thresholds.p_values(scores, self.calibration_scores)
+        if len(self.enrolled_scores):
+            both = np.concatenate([self.calibration_scores, self.enrolled_scores])
+            p = np.maximum(p, thresholds.p_values(scores, both))
+        return p
 
 
 def _folds(gallery: Gallery) -> Tensor:
     """The part `(R,)` in 0..FOLDS-1 of each enrolled example; −1 for references that stay in all of them.
 
-    Each class is dealt out in turn, so that whatever part is taken out, examples of it remain.
+    Each class is dealt out in turn, copies of one example together, so that whatever part is taken out, examples of
+    its classes remain, and none of them is a copy of one that is scored.
     """
     fold = torch.full((len(gallery),), -1)
     for label in gallery.labels[gallery.enrolled].unique():
-        members = ((gallery.labels == label) & gallery.enrolled).nonzero()[:, 0]
-        n = int((gallery.labels == label).sum())
+        of_class = (gallery.labels == label).nonzero()[:, 0]
+        copy = gallery.embeddings[of_class].unique(dim=0, return_inverse=True)[1]
+        # Numbered as they come, not as they sort: neighbours in a sorted order are alike.
+        first = torch.full((int(copy.max()) + 1,), len(copy)).scatter_reduce(0, copy, torch.arange(len(copy)), "amin")
+        distinct = first.argsort().argsort()[copy]
+        n = len(first)
         if n > 1:
-            fold[members] = torch.arange(len(members)) % min(FOLDS, n)
+            enrolled = gallery.enrolled[of_class]
+            fold[of_class[enrolled]] = distinct[enrolled] % min(FOLDS, n)
     return fold
 
 
 def _class_ids(labels: Sequence | ArrayLike) -> dict[str, int]:
     """The id of each class name: integers are their own, names are numbered in order."""
     values = labels.tolist() if hasattr(labels, "tolist") else list(labels)
-    if all(isinstance(v, int) for v in values):
-        if UNKNOWN in values:
-            raise OsmlError(f"labels hold UNKNOWN ({UNKNOWN}): a recognizer is fitted on known items, leave these out")
-        return {str(v): v for v in sorted(set(values))}
+    if all(isinstance(v, int | np.integer) and not isinstance(v, bool) for v in values):
+        if any(v < 0 for v in values):
+            raise OsmlError(
+                f"labels hold {min(values)}: classes are numbered from 0, and {UNKNOWN} is the label of what is "
+                "unknown; a recognizer is fitted on known items, leave the others out"
+            )
+        return {str(v): int(v) for v in sorted(set(values))}
     return {n: i for i, n in enumerate(sorted({str(v) for v in values}))}
 
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from numbers import Integral, Real
 from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
 
 from .errors import OsmlError, unknown_name
 
@@ -19,6 +24,35 @@ def check_arguments(kind: str, name: str, given: Iterable[str], allowed: Iterabl
             if not allowed:
                 raise OsmlError(f"{kind} '{name}' takes no arguments, but was given '{argument}'")
             raise unknown_name(f"argument of {kind} '{name}'", argument, allowed)
+
+
+def checked_number(what: str, value: Any) -> float:
+    """A finite number, as a float; a bool is none."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise OsmlError(f"{what} must be a finite number; got {value!r}")
+    return float(value)
+
+
+def checked_count(what: str, value: Any) -> int:
+    """A whole number of at least 1; a bool is none."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise OsmlError(f"{what} must be a whole number of at least 1; got {value!r}")
+    return int(value)
+
+
+@contextmanager
+def refusing(problem: str, advice: str | None = None) -> Iterator[None]:
+    """Whatever the code of others raises inside becomes one line of OsmlError: `problem (its reason): advice`.
+
+    Memory that runs out is no matter of arguments, and stays what it is.
+    """
+    try:
+        yield
+    except (OsmlError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise OsmlError(f"{problem} ({reason})" + (f": {advice}" if advice else "")) from error
 
 
 class Named:
@@ -67,4 +101,5 @@ class Registry(Generic[T]):
     def create(self, name: str, **params) -> T:
         cls = self.get(name)
         check_arguments(self.kind, name, params, self.parameters(name))
-        return cls(**params)
+        with refusing(f"{self.kind} '{name}' refuses its arguments"):
+            return cls(**params)

@@ -74,15 +74,12 @@ def select(
         tried: detectors and parameters, as `candidates` lists them.
     """
     some = np.random.default_rng(seed).permutation(len(validation_labels))[:MAX_VALIDATION]
-    largest = np.unique(labels, return_counts=True)[1].max()
     found = []
     runs = [(o, n, p) for o in outputs for n, p in tried]
     for output, name, params in tqdm(runs, desc="choosing", delay=2, leave=False, disable=not progress):
         cached, detector = outputs[output], detectors.create(name, **params)
         if detector.needs_class_weights and cached.class_weights is None:
             continue
-        if name == "knn" and detector.k > largest:
-            continue  # the same as a smaller k: no class has so many references
         detector.fit(cached.train, labels, cached.class_weights)
         classes, scores = detector.predict(cached.validation[some])
         metrics = open_set_metrics(scores, validation_labels[some], classes)

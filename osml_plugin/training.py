@@ -16,6 +16,7 @@ from . import optimizers, pml, trunks
 from .config import Config
 from .embedding import EmbeddingModel, autocast, default_device
 from .errors import OsmlError
+from .registry import checked_count, refusing
 
 
 def seed_everything(seed: int) -> None:
@@ -23,6 +24,15 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - the state that PML reads
     torch.manual_seed(seed)
+
+
+def checked_device(device: torch.device | str | None) -> torch.device:
+    """The device of that name, tried out; None = a GPU if there is one. OsmlError for one that cannot be used."""
+    if device is None:
+        return default_device()
+    with refusing(f"the device '{device}' cannot be used", "expected cpu, cuda, or cuda:1 for the second GPU"):
+        torch.zeros(1, device=device).tolist()
+        return torch.device(device)
 
 
 def build_model(config: Config, *, channels: int, size: int, factories: Sequence[str] | None = None) -> EmbeddingModel:
@@ -64,12 +74,11 @@ def feature_width(trunk: nn.Module, batch: torch.Tensor) -> int:
     """Width F of the trunk's features `(N, F)`."""
     training = trunk.training
     try:
-        features = trunk.eval()(batch)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise OsmlError(
-            f"the trunk cannot take a batch of shape {tuple(batch.shape)} ({str(error).splitlines()[0]}): "
-            "set data.image_size or data.channels, or choose another trunk"
-        ) from error
+        with refusing(
+            f"the trunk cannot take a batch of shape {tuple(batch.shape)}",
+            "set data.image_size or data.channels, or choose another trunk",
+        ):
+            features = trunk.eval()(batch)
     finally:
         trunk.train(training)
     if not isinstance(features, torch.Tensor) or features.ndim != 2:
@@ -97,9 +106,10 @@ def train_model(
         end_of_epoch_hook: called with the trainer, as PML does; returning False stops the run.
 
     Raises:
-        OsmlError: for a part that refuses its arguments or these data, and for a loss that is no longer finite.
+        OsmlError: for a device that cannot be used, a part that refuses its arguments or these data, nothing that
+            could learn, and for a loss that is no longer finite.
     """
-    device = torch.device(device) if device is not None else default_device()
+    device = checked_device(device)
     batch_size = min(config.training.batch_size, len(dataset))
     width = feature_width(model, torch.stack([dataset[0][0]] * 2))
     n_classes = int(max(labels)) + 1
@@ -111,7 +121,7 @@ def train_model(
     if config.sampler is not None:
         sampler_args = dict(config.sampler.args)
         # The sampler's batches must be a whole number of classes times m.
-        m = sampler_args.setdefault("m", max(2, batch_size // n_classes))
+        m = checked_count("sampler.m", sampler_args.setdefault("m", max(2, batch_size // n_classes)))
         batch_size = min(batch_size // m, n_classes) * m or m
         sampler = pml.build(
             "sampler",
@@ -131,6 +141,11 @@ def train_model(
     ]:
         if parameters := [p for p in module.parameters() if p.requires_grad]:
             chosen[f"{part}_optimizer"] = optimizers.build(optimizer.name, optimizer.args, parameters)
+    if not chosen:
+        raise OsmlError(
+            f"nothing can be trained: trunk and embedder have no free weights, and loss '{config.loss.name}' none of "
+            "its own: set model.frozen to false, model.embedder to linear, or training.epochs to 0"
+        )
     trainer = Trainer(
         models={"trunk": model.trunk, "embedder": model.embedder},
         optimizers=chosen,
@@ -219,13 +234,13 @@ class Trainer(MetricLossOnly):
         self.dataloader_iter = iter(self.dataloader)
 
     def calculate_loss(self, curr_batch: tuple[torch.Tensor, torch.Tensor]) -> None:
-        try:
-            super().calculate_loss(curr_batch)
-        except (AssertionError, ValueError) as error:
-            name = type(self.loss_funcs["metric_loss"]).__name__
-            raise OsmlError(
-                f"loss '{name}', or the miner, refuses a batch: {error or 'see its documentation'}"
-            ) from error
+        data, labels = curr_batch
+        embeddings = self.compute_embeddings(data)
+        parts = [f"loss '{type(self.loss_funcs['metric_loss']).__name__}'"]
+        parts += [f"miner '{type(miner).__name__}'" for miner in self.mining_funcs.values()]
+        with refusing(f"{' with '.join(parts)} refuses a batch", "look at its arguments, or choose another"):
+            mined = self.maybe_mine_embeddings(embeddings, labels)
+            self.losses["metric_loss"] = self.maybe_get_metric_loss(embeddings, labels, mined)
 
     def compute_embeddings(self, data: torch.Tensor) -> torch.Tensor:
         with autocast(self.data_device):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .errors import OsmlError, unknown_name
-from .registry import check_arguments
+from .registry import check_arguments, checked_count, refusing
 
 # These two add auxiliary outputs in training unless told otherwise.
 _ONE_OUTPUT = {name: {"aux_logits": False, "init_weights": True} for name in ("googlenet", "inception_v3")}
@@ -25,6 +25,7 @@ class SmallCNN(nn.Module):
 
     def __init__(self, channels: int = 1, width: int = 32, dropout: float = 0.0):
         super().__init__()
+        checked_count("small_cnn's width", width)
         self.layers = nn.Sequential(
             *_convolution(channels, width),
             nn.MaxPool2d(2),
@@ -57,7 +58,11 @@ def check(name: str, args: Mapping[str, Any]) -> None:
         check_arguments("trunk", name, args, [])
     elif name == "small_cnn":
         check_arguments("trunk", name, args, ["width", "dropout"])
-    elif ":" not in name and name not in names():
+    elif ":" in name:
+        module, _, factory = name.partition(":")
+        if not all(part.isidentifier() for part in [*module.split("."), factory]):
+            raise OsmlError(f"trunk factory '{name}' is not of the form package.module:factory")
+    elif name not in names():
         raise unknown_name("trunk", name, [*names(), "auto", "package.module:factory"])
 
 
@@ -73,8 +78,6 @@ def build(name: str, args: Mapping[str, Any], *, channels: int, factories: Colle
     check(name, args)
     if name == "identity":
         return nn.Identity()
-    if name == "small_cnn":
-        return SmallCNN(channels, **args)
     if ":" in name:
         if factories is not None and name not in factories:
             raise OsmlError(
@@ -82,23 +85,22 @@ def build(name: str, args: Mapping[str, Any], *, channels: int, factories: Colle
                 f"pass --trust-factory {name} (Python: factories=['{name}'])"
             )
         return _from_factory(name, args)
-    try:
+    with refusing(f"trunk '{name}' refuses its arguments"):
+        if name == "small_cnn":
+            return SmallCNN(channels, **args)
         trunk = torchvision.models.get_model(name, weights=None, **_ONE_OUTPUT.get(name, {}) | dict(args))
-    except (TypeError, ValueError) as error:
-        raise OsmlError(f"trunk '{name}' refuses its arguments: {error}") from error
     return without_head(trunk)
 
 
 def _from_factory(name: str, args: Mapping[str, Any]) -> nn.Module:
     module_name, _, attribute = name.partition(":")
-    try:
+    with refusing(f"trunk factory '{name}' cannot be imported", "expected package.module:factory, on the Python path"):
         factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise OsmlError(
-            f"trunk factory '{name}' cannot be imported ({error}): expected package.module:factory, on the Python path"
-        ) from error
-    check_arguments("trunk", name, args, inspect.signature(factory).parameters)
-    trunk = factory(**args)
+    with refusing(f"trunk factory '{name}' fails"):
+        parameters = inspect.signature(factory).parameters
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            check_arguments("trunk", name, args, parameters)
+        trunk = factory(**args)
     if not isinstance(trunk, nn.Module):
         raise OsmlError(f"trunk factory '{name}' must return a torch.nn.Module; it returned {type(trunk).__name__}")
     return trunk
@@ -127,21 +129,19 @@ def without_head(model: nn.Module) -> nn.Module:
 def load_weights(trunk: nn.Module, name: str, weights: str) -> None:
     """Load a local file (`.safetensors`, or a `.pth` of plain tensors) or torchvision weights such as 'DEFAULT'."""
     path = Path(weights)
-    if path.suffix == ".safetensors" and path.is_file():
-        state = load_file(path)
-    elif path.is_file():
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if path.is_file():
+        state = _read_weights(path)
     elif name in torchvision.models.list_models() and path.suffix == "":
         members = {w.name: w for w in torchvision.models.get_model_weights(name)}
         if weights not in {*members, "DEFAULT"}:
             raise unknown_name(f"weights of trunk '{name}'", weights, [*members, "DEFAULT"])
         chosen = torchvision.models.get_model_weights(name).DEFAULT if weights == "DEFAULT" else members[weights]
-        state = chosen.get_state_dict(progress=True, check_hash=True)
+        with refusing(f"weights '{weights}' of trunk '{name}' cannot be fetched", "pass a local file"):
+            state = chosen.get_state_dict(progress=True, check_hash=True)
     else:
         raise OsmlError(f"no weights at '{weights}': expected a .safetensors or .pth file, or torchvision's name")
     own = trunk.state_dict()
-    fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
+    fitting = {k: v for k, v in state.items() if k in own and isinstance(v, Tensor) and own[k].shape == v.shape}
     missing = [k for k in own if k not in fitting]
     if missing:
         raise OsmlError(
@@ -149,3 +149,16 @@ def load_weights(trunk: nn.Module, name: str, weights: str) -> None:
             f"or of another shape, the first is '{missing[0]}'"
         )
     trunk.load_state_dict(fitting)
+
+
+def _read_weights(path: Path) -> dict[str, Any]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
+        return dict(state.items())
+    except Exception as error:  # torch's own message says to load it unsafely
+        raise OsmlError(
+            f"cannot read the weights '{path}': expected a .safetensors file, or a .pth file of a dictionary of tensors"
+        ) from error

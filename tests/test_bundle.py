@@ -11,7 +11,9 @@ import pytest
 from conftest import sphere_classes
 
 from osml_plugin import OpenSetRecognizer, OsmlError, bundle, detectors, enroll
+from osml_plugin.config import Config
 from osml_plugin.data import write_embeddings
+from osml_plugin.training import build_model
 
 
 @pytest.fixture
@@ -40,6 +42,7 @@ def test_it_comes_back_as_it_was(detector, queries, tmp_path):
     recognizer.save(tmp_path / "bundle")
     loaded = OpenSetRecognizer.load(tmp_path / "bundle")
     same(recognizer, loaded, queries)
+    assert loaded.gallery.next_id == recognizer.gallery.next_id
     assert loaded.class_names == recognizer.class_names and loaded.gallery.version == 1 and loaded.alpha == 0.1
     same(recognizer.enroll("more", queries[7:20]), loaded.enroll("more", queries[7:20]), queries)
     same(recognizer.forget("new"), loaded.forget("new"), queries)
@@ -51,6 +54,40 @@ def test_it_holds_json_and_safetensors_only(recognizer, tmp_path):
     files = sorted(os.listdir(tmp_path / "bundle"))
     assert files[0] == "bundle.json" and len(files) == 2 and files[1].endswith(".safetensors")
     assert os.listdir(tmp_path) == ["bundle"]
+
+
+def test_files_of_others_in_it_stay(recognizer, tmp_path):
+    recognizer.save(tmp_path / "bundle")
+    (tmp_path / "bundle" / "mine.safetensors").write_text("x")
+    (tmp_path / "bundle" / "notes.txt").write_text("x")
+    recognizer.enroll("new", recognizer.gallery.embeddings[:3]).save(tmp_path / "bundle")
+    files = sorted(os.listdir(tmp_path / "bundle"))
+    assert len(files) == 4 and files[2:] == ["mine.safetensors", "notes.txt"]
+
+
+def test_a_damaged_file_is_mended_by_saving_again(recognizer, queries, tmp_path):
+    recognizer.save(tmp_path / "bundle")
+    next((tmp_path / "bundle").glob("gallery-*")).write_bytes(b"")
+    recognizer.save(tmp_path / "bundle")
+    same(recognizer, OpenSetRecognizer.load(tmp_path / "bundle"), queries)
+
+
+def test_a_bundle_that_is_exchanged_while_it_is_read(recognizer, queries, tmp_path, monkeypatch):
+    recognizer.save(tmp_path / "bundle")
+    real = bundle._load_tensors
+    exchanges = iter(range(3))
+
+    def load_tensors(path, file):
+        if next(exchanges, None) is not None:
+            recognizer.enroll("new", queries[:2]).save(path)
+        return real(path, file)
+
+    monkeypatch.setattr(bundle, "_load_tensors", load_tensors)
+    same(OpenSetRecognizer.load(tmp_path / "bundle"), recognizer, queries)
+    exchanges = iter(range(100))
+    with pytest.raises(OsmlError, match="is damaged: gallery-.* cannot be read"):
+        OpenSetRecognizer.load(tmp_path / "bundle")
+    assert next(exchanges) == bundle.READS
 
 
 def test_a_flipped_byte_anywhere_is_noticed(recognizer, tmp_path):
@@ -70,8 +107,7 @@ def test_a_flipped_byte_anywhere_is_noticed(recognizer, tmp_path):
 def test_another_version_says_so(recognizer, tmp_path):
     recognizer.save(tmp_path / "bundle")
     file = tmp_path / "bundle" / "bundle.json"
-    manifest = json.loads(file.read_text()) | {"version": 2}
-    manifest["sha256"] = bundle._manifest_sha256(manifest)
+    manifest = json.loads(file.read_text()) | {"version": 2, "sha256": "made in another way"}
     file.write_text(json.dumps(manifest))
     with pytest.raises(OsmlError, match="has version 2, and this osml-plugin reads version 1"):
         OpenSetRecognizer.load(tmp_path / "bundle")
@@ -84,7 +120,117 @@ def test_a_file_outside_of_it_is_not_read(recognizer, tmp_path):
     manifest["files"]["gallery"]["name"] = "../elsewhere.safetensors"
     manifest["sha256"] = bundle._manifest_sha256(manifest)
     file.write_text(json.dumps(manifest))
-    with pytest.raises(OsmlError, match="lies outside"):
+    with pytest.raises(OsmlError, match="is damaged: bundle.json is wrong at 'files.gallery.name'"):
+        OpenSetRecognizer.load(tmp_path / "bundle")
+
+
+DELETE = object()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((key, DELETE) for key in bundle.Manifest.model_fields if key not in ("format", "version", "sha256")),
+        *((key, []) for key in bundle.Manifest.model_fields if key not in ("format", "version", "sha256", "proxy_ids")),
+        ("extra", 1),
+        ("files.gallery", DELETE),
+        ("files.gallery.name", 3),
+        ("files.gallery.name", "notes.txt"),
+        ("classes.x", "cat"),
+        ("classes.0", DELETE),
+        ("next_id", "x"),
+        ("alpha", "x"),
+        ("proxy_ids", [0]),
+        ("held_out_names", {}),
+        ("held_out_names.calibration", []),
+        ("held_out_names.validation", ["a"]),
+        ("detector.name", "x"),
+        ("detector.params", {"x": 1}),
+        ("threshold.tau", "x"),
+        ("threshold.params.alpha", -1),
+        ("preprocessing", {"size": -1, "channels": 1, "mean": [0], "std": [1]}),
+        ("preprocessing", {"size": 8, "channels": 3, "mean": [0], "std": [1]}),
+        ("preprocessing", {"size": 8, "channels": 1, "mean": [0], "std": [1], "x": 1}),
+        ("details.seen", [-1]),
+        ("details.seen", "x"),
+        ("details.split", []),
+    ],
+)
+def test_a_manifest_that_is_wrong_but_fits_its_checksum(recognizer, tmp_path, key, value):
+    recognizer.save(tmp_path / "bundle")
+    change(tmp_path / "bundle", key, value)
+    with pytest.raises(OsmlError) as error:
+        OpenSetRecognizer.load(tmp_path / "bundle")
+    assert "\n" not in str(error.value)
+
+
+def change(path, key, value):
+    file = path / "bundle.json"
+    manifest = json.loads(file.read_text())
+    *steps, last = key.split(".")
+    inner = manifest
+    for step in steps:
+        inner = inner[step]
+    inner[last] = value
+    if value is DELETE:
+        del inner[last]
+    manifest["sha256"] = bundle._manifest_sha256(manifest)
+    file.write_text(json.dumps(manifest))
+
+
+@pytest.fixture
+def with_model():
+    """As `train` makes it from an embeddings file."""
+    embeddings, labels, _ = sphere_classes(n_classes=4, per_class=60)
+    config = Config(model={"embedder": "linear", "embedding_size": 8})
+    recognizer = OpenSetRecognizer("knn", model=build_model(config, channels=0, size=embeddings.shape[1]))
+    recognizer.details = {
+        "config": config.model_dump(mode="json"),
+        "input": {"channels": 0, "size": embeddings.shape[1]},
+        "output": "embedder",
+        "more": {"is": "kept"},
+    }
+    return recognizer.fit(recognizer.embed(embeddings), labels)
+
+
+def test_a_model_comes_back(with_model, queries, tmp_path):
+    with_model.save(tmp_path / "bundle")
+    loaded = OpenSetRecognizer.load(tmp_path / "bundle")
+    same(with_model, loaded, queries)
+    assert loaded.details == with_model.details
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("details", {}),
+        ("details.config", DELETE),
+        ("details.config.model", 3),
+        ("details.config.model.embedding_size", 9),
+        ("details.input.size", -3),
+        ("details.input.size", 3),
+        ("details.input.channels", -1),
+        ("details.input.channels", 1),
+        ("details.input.x", 1),
+        ("details.output", "x"),
+        ("details.config.model.trunk", {"name": "os:getcwd"}),
+    ],
+)
+def test_model_details_that_are_wrong(with_model, tmp_path, key, value):
+    with_model.save(tmp_path / "bundle")
+    change(tmp_path / "bundle", key, value)
+    with pytest.raises(OsmlError) as error:
+        OpenSetRecognizer.load(tmp_path / "bundle")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "deep", ["[" * 100_000, '{"format": "osml-bundle", "version": 1, "details": ' + '{"a":' * 100_000]
+)
+def test_deep_json(recognizer, tmp_path, deep):
+    recognizer.save(tmp_path / "bundle")
+    (tmp_path / "bundle" / "bundle.json").write_text(deep + "1" + deep.count('a"') * "}" + "}")
+    with pytest.raises(OsmlError, match="is damaged: bundle.json cannot be read"):
         OpenSetRecognizer.load(tmp_path / "bundle")
 
 
@@ -119,11 +265,12 @@ def test_an_interrupted_save_leaves_the_old_bundle_or_the_new(recognizer, querie
 
     monkeypatch.setattr(bundle.os, "replace", replace)
     changed = OpenSetRecognizer.load(tmp_path / "bundle").enroll("new", queries[:5])
-    with pytest.raises(OSError, match="disk is full"):
+    with pytest.raises(OsmlError, match="cannot write the bundle .*disk is full; choose another place"):
         changed.save(tmp_path / "bundle")
     monkeypatch.undo()
     found = OpenSetRecognizer.load(tmp_path / "bundle")
     same(found, changed if "new" in found.class_names else before, queries)
+    assert len(os.listdir(tmp_path / "bundle")) == 2
 
 
 def test_an_interrupted_first_save_leaves_nothing(recognizer, tmp_path, monkeypatch):
@@ -131,9 +278,44 @@ def test_an_interrupted_first_save_leaves_nothing(recognizer, tmp_path, monkeypa
         raise OSError("the disk is full")
 
     monkeypatch.setattr(bundle.os, "rename", fail)
-    with pytest.raises(OSError, match="disk is full"):
-        recognizer.save(tmp_path / "bundle")
+    for place in ("bundle", "a/b/bundle"):
+        with pytest.raises(OsmlError, match="cannot write the bundle .*disk is full; choose another place"):
+            recognizer.save(tmp_path / place)
+        assert os.listdir(tmp_path) == []
+
+
+def test_places_that_cannot_be_written(recognizer, tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    for write in (recognizer.save, bundle.check_writable):
+        for place, reason in (
+            ("file/bundle", "cannot write the bundle .*: Not a directory; choose another place"),
+            ("a/" + 300 * "x", "cannot write the bundle .*: File name too long; choose another place"),
+            ("folder", "exists and is no bundle"),
+        ):
+            with pytest.raises(OsmlError, match=reason) as error:
+                write(tmp_path / place)
+            assert "\n" not in str(error.value) and sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+def test_a_place_that_can_be_written_is_left_as_it_was(recognizer, tmp_path):
+    bundle.check_writable(tmp_path / "a" / "b" / "bundle")
     assert os.listdir(tmp_path) == []
+    recognizer.save(tmp_path / "a" / "b" / "bundle")
+    before = sorted(tmp_path.rglob("*"))
+    bundle.check_writable(tmp_path / "a" / "b" / "bundle")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_lock_leaves_nothing_beside_the_bundle(recognizer, tmp_path, monkeypatch):
+    with pytest.raises(OsmlError, match="no bundle at"), bundle.bundle_lock(tmp_path / "absent" / "bundle"):
+        pass
+    recognizer.save(tmp_path / "bundle")
+    with bundle.bundle_lock(tmp_path / "bundle"):
+        assert os.listdir(tmp_path) == ["bundle"]
+    monkeypatch.setattr(bundle.tempfile, "gettempdir", lambda: str(tmp_path / "bundle" / "bundle.json"))
+    with pytest.raises(OsmlError, match="cannot lock the bundle .*: "), bundle.bundle_lock(tmp_path / "bundle"):
+        pass
 
 
 def test_changes_at_the_same_time_are_all_kept(recognizer, queries, tmp_path):
@@ -144,6 +326,7 @@ def test_changes_at_the_same_time_are_all_kept(recognizer, queries, tmp_path):
         list(pool.map(lambda i: enroll(tmp_path / "bundle", f"new {i}", [tmp_path / f"{i}.npz"]), range(8)))
     names = OpenSetRecognizer.load(tmp_path / "bundle").class_names
     assert sorted(names) == ["0", "1", "2", "3", *(f"new {i}" for i in range(8))]
+    assert sorted(os.listdir(tmp_path)) == [*(f"{i}.npz" for i in range(8)), "bundle"]
 
 
 def test_a_model_of_ones_own_is_refused_with_the_way_out(recognizer, tmp_path):

@@ -303,7 +303,7 @@ def test_a_class_with_one_image(train, digits_folder, workplace, tmp_path):
     fails(train(data, "--n-known", 10), "class '3' has 1 image")
 
 
-def test_unreadable_images(osml, train, digits_folder, workplace, tmp_path):
+def test_unreadable_images(osml, train, digits_folder, workplace, tmp_path, caplog):
     data = copy(digits_folder, tmp_path / "data")
     whole = sorted((data / "0").iterdir())[0].read_bytes()
     (data / "0" / "cut.png").write_bytes(whole[: len(whole) // 2])
@@ -315,8 +315,13 @@ def test_unreadable_images(osml, train, digits_folder, workplace, tmp_path):
     fails(osml("embed", workplace / "bundle", data, "--out", tmp_path / "e.npz"), "cannot be read")
     assert not (tmp_path / "e.npz").exists()
     quick = [*QUICK, "--set", "training.epochs=1", "--split", workplace / "split.json", "--skip-bad"]
-    status, _, err = osml("train", "--data", data, "--out", tmp_path / "b", *quick)
-    assert status == 0 and "skipped 2 unreadable images" in err
+    caplog.clear()
+    status, out, _ = osml("train", "--data", data, "--out", tmp_path / "b", *quick, "--json")
+    assert status == 0 and sorted(json.loads(out)["skipped"]) == [
+        str(data / "0" / "cut.png"),
+        str(data / "9" / "text.jpg"),
+    ]
+    assert len(caplog.messages) == 2 and "cut.png" in caplog.messages[0]  # each is named, with the reason
     status, out, _ = osml("predict", workplace / "bundle", data, "--skip-bad", "--json")
     assert status == 0 and len(json.loads(out)["results"]) == 400
 

@@ -327,6 +327,7 @@ def test_augmentation_from_a_list():
         ([{"name": "functional"}], "unknown augmentation 'functional'"),
         ([{"p": 1}], "an augmentation is"),
         (["RandomHorizontalFlip"], "an augmentation is"),
+        ([{"name": []}], "an augmentation is"),
         ([{"name": "RandomCrop", "size": 9}], r"makes \(3, 9, 9\) of an image \(3, 12, 12\)"),
         ([{"name": "RandomCrop", "size": 32}], "fails on an image"),
         ([{"name": "MixUp", "num_classes": 3}], "fails on an image"),

@@ -36,7 +36,7 @@ def seen_by(items, roles) -> np.ndarray:
 
 def test_split_file(tmp_path):
     file = tmp_path / "split.json"
-    file.write_text(json.dumps({"known": [0, "1", "é"], "unknown": [7]}), encoding="utf-8")
+    file.write_text(json.dumps({"known": [0, "1", "é"], "unknown": [7]}, ensure_ascii=False), encoding="utf-8-sig")
     split = Split.load(file)
     assert split == Split(("0", "1", "é"), (), ("7",))
     assert Split.from_dict(split.to_dict()) == split and json.loads(json.dumps(split.to_dict())) == split.to_dict()
@@ -51,6 +51,7 @@ def test_split_file(tmp_path):
         ('{"known": ["a", null]}', "must be a list of class names"),
         ('["a", "b"]', "not list"),
         ('{"known": [', "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
     ],
 )
 def test_bad_split_files(tmp_path, content, message):
@@ -113,6 +114,23 @@ def test_drawn_split_varies_with_the_seed_and_takes_every_class():
             draw_split(names, n_known=n_known)
     with pytest.raises(OsmlError, match="cannot draw 2 known of 1 classes"):
         draw_split(["a"])
+
+
+def test_the_label_minus_one_is_unknown_and_never_drawn():
+    for seed in range(20):
+        split = draw_split(["-1", "a", "b", "c", "d"], n_known=2, seed=seed)
+        assert split.unknown[0] == "-1" and len(split.unknown) == len(split.known) + len(split.pseudo_unknown) - 1 == 2
+        split.check(["-1", "a", "b", "c", "d"])
+    with pytest.raises(OsmlError, match="cannot draw 3 known of 2 classes"):
+        draw_split(["-1", "a", "b"], n_known=3)
+    for split in (Split(("a", "b", "-1")), Split(("a", "b"), ("-1",))):
+        with pytest.raises(OsmlError, match=r"names class '-1' in '(known|pseudo_unknown)', but that is the label of"):
+            split.check(["-1", "a", "b"])
+    items = items_of(range(9), [0, 0, 0, 1, 1, 1, -1, -1, -1])
+    split = draw_split(items.class_names())
+    roles = training_roles(items, split)
+    test = test_indices(items, split.known, split.pseudo_unknown, seen=seen_by(items, roles))
+    assert {6, 7, 8} <= set(test.tolist())
 
 
 # --- fractions -------------------------------------------------------------------------------------------
@@ -247,6 +265,14 @@ def test_declared_train_and_test():
             assert abs((labels[part] == name).sum() - share * n) < 1
     test = test_indices(items, SPLIT.known, SPLIT.pseudo_unknown)
     assert test.tolist() == np.flatnonzero((declared == "test") & ~np.isin(labels, SPLIT.pseudo_unknown)).tolist()
+    seen = np.concatenate([seen_by(items, roles), items.fingerprints()[test[:3]]])  # three were enrolled
+    assert test_indices(items, SPLIT.known, SPLIT.pseudo_unknown, seen=seen).tolist() == test[3:].tolist()
+
+
+def test_copies_of_training_items_in_a_declared_test_set_are_left_out():
+    items = items_of([1, 2, 3, 4, 1, 5, 6], "aabbaab", ["train"] * 4 + ["test"] * 3)
+    roles = training_roles(items, Split(("a", "b")))
+    assert test_indices(items, ("a", "b"), (), seen=seen_by(items, roles)).tolist() == [5, 6]
 
 
 def test_all_roles_declared():

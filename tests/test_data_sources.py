@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import builtins
+import csv
 import json
 import os
 import shutil
@@ -82,6 +83,45 @@ def test_classes_that_happen_to_be_called_train_and_test(tmp_path):
     assert items.class_names() == ["test", "train"] and items.roles is None
 
 
+@pytest.mark.parametrize("parts", [("train", "val"), ("train",), ("test", "other"), ("Train", "Test"), ("validation",)])
+def test_parts_that_are_not_train_and_test_are_no_classes(tmp_path, parts):
+    for part in parts:
+        write_digits(tmp_path / part, (0, 1), 2)
+    for labelled in (True, False):
+        with pytest.raises(
+            OsmlError, match=r"holds folders in '.*expected DIR/train/<class>/\* and DIR/test/<class>"
+        ) as e:
+            open_items(tmp_path, labelled=labelled)
+        assert all(f"'{part}'" in one_line(e) for part in parts if part != "other")
+
+
+BAD_NAMES = ("", " cat", "cat ", "a\nb", "a\x00b", "a\u2028b", os.fsdecode(b"\xff"))
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_class_names_that_cannot_be_printed_or_typed(tmp_path, name):
+    with pytest.raises(OsmlError) as error:
+        Items(("a", name), None, ROWS[:2], None)
+    assert one_line(error).startswith(f"class name {name!r}: expected")
+    one_line(error).encode()
+    with pytest.raises(OsmlError, match="class name"):
+        write_embeddings(tmp_path / "e.npz", ROWS[:2], ["a", name])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_class_names_in_every_source(tmp_path):
+    for folder in (b" cat", b"\xff"):
+        root = write_digits(tmp_path / "digits", (0, 1), 1)
+        os.rename(root / "1", os.path.join(os.fsencode(root), folder))
+        with pytest.raises(OsmlError, match="class name '( cat|.udcff)'") as error:
+            open_items(root)
+        one_line(error)
+        shutil.rmtree(root)
+    np.savez(tmp_path / "e.npz", embeddings=ROWS[:2], labels=["a", ""])
+    with pytest.raises(OsmlError, match="class name ''"):
+        open_items(tmp_path / "e.npz")
+
+
 def test_flat_folder_and_single_image(tmp_path):
     root = write_digits(tmp_path, (3,), 5) / "3"
     items = open_items(root, labelled=False)
@@ -151,8 +191,19 @@ def test_manifest_without_role_or_label(tmp_path, manifest):
     assert open_items(file, labelled=False).labels is None
     with pytest.raises(OsmlError, match="no column 'label'; it has 'path', expected"):
         open_items(file)
-    manifest.assign(label=range(6)).to_parquet(tmp_path / "m.parquet")
-    assert open_items(tmp_path / "m.parquet").labels == tuple("012345")
+    for dtype in ("int8", "float32", "float64", "Float64", "Int64"):
+        manifest.assign(label=pd.Series(range(6), dtype=dtype)).to_parquet(tmp_path / "m.parquet")
+        assert open_items(tmp_path / "m.parquet").labels == tuple("012345")
+    manifest.assign(label=np.arange(6) / 2).to_parquet(tmp_path / "m.parquet")
+    assert open_items(tmp_path / "m.parquet").labels == ("0.0", "0.5", "1.0", "1.5", "2.0", "2.5")
+    manifest.assign(label=[1.0, np.nan, *range(4)]).to_parquet(tmp_path / "m.parquet")
+    with pytest.raises(OsmlError, match="no label in row 2"):
+        open_items(tmp_path / "m.parquet")
+
+
+def test_manifest_with_a_byte_order_mark(tmp_path, manifest):
+    manifest.to_csv(tmp_path / "m.csv", index=False, encoding="utf-8-sig", quoting=csv.QUOTE_ALL)
+    assert open_items(tmp_path / "m.csv").roles == tuple(manifest["role"])
 
 
 @pytest.mark.parametrize(
@@ -312,9 +363,19 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full_disk)
-        with pytest.raises(OSError, match="no space left"):
+        with pytest.raises(OsmlError, match="cannot write embeddings to .*e.npz': no space left"):
             write_embeddings(file, ROWS, None)
     assert file.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["e.npz"]
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_places_that_cannot_be_written(tmp_path, suffix):
+    (tmp_path / f"e{suffix}").mkdir()
+    for file, reason in ((f"e{suffix}", "Is a directory"), (300 * "e" + suffix, "File name too long")):
+        with pytest.raises(OsmlError, match=f"cannot write embeddings to .*{reason}") as error:
+            write_embeddings(tmp_path / file, ROWS, NAMES)
+        one_line(error)
+    assert [p.name for p in tmp_path.iterdir()] == [f"e{suffix}"]
 
 
 # --- items -----------------------------------------------------------------------------------------------

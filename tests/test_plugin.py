@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -79,6 +80,8 @@ class TestAccuracyCalculator:
         assert result["val"]["auroc_level0"] == pytest.approx(direct["auroc"])
         alone = tester.test(sets, 1, nn.Identity(), splits_to_eval=[("train", ["train"])])
         assert math.isnan(alone["train"]["auroc_level0"])
+        every = OpenSetAccuracyCalculator(include=tuple(OPEN_SET), device=torch.device("cpu"))
+        assert all(map(math.isnan, every.get_accuracy(reference, reference_labels).values()))
 
 
 class TestInferenceModel:
@@ -114,8 +117,18 @@ class TestHook:
         assert hook.evaluate(nn.Identity(), "cpu").oscr == pytest.approx(expected)
 
     def test_an_unknown_metric_is_refused(self, data):
-        with pytest.raises(OsmlError, match="no metric 'f2'"):
-            OpenSetHook(data[0], data[1], metric="f2")
+        for metric in ("f2", "fpr95", "macro_f1"):  # the latter two fall when things get better, or need a decision
+            with pytest.raises(OsmlError, match=f"unknown metric to watch '{metric}'"):
+                OpenSetHook(data[0], data[1], metric=metric)
+
+    def test_validation_without_unknown_items_says_so(self, data):
+        (reference, reference_labels), _ = data
+        known = TensorDataset(reference, reference_labels)
+        trainer = SimpleNamespace(
+            models={"trunk": nn.Identity(), "embedder": nn.Identity()}, data_device=torch.device("cpu"), epoch=1
+        )
+        with pytest.raises(OsmlError, match=r"oscr is undefined.*known and unknown ones \(there are 100 and 0\)"):
+            OpenSetHook(known, known)(trainer)
 
 
 def test_a_pml_script_becomes_open_set_in_under_ten_lines():

@@ -114,7 +114,8 @@ def test_enrolled_examples_are_scored_without_themselves(data):
         detector = detectors.create("knn").fit(gallery.embeddings[rest], gallery.labels[rest])
         expected += detector.score(gallery.embeddings[out]).tolist()
     calibration = recognizer.detector.score(recognizer.calibration.embeddings).tolist()
-    assert sorted(recognizer.calibration_scores) == pytest.approx(sorted(calibration + expected), rel=1e-5)
+    assert sorted(recognizer.calibration_scores) == pytest.approx(sorted(calibration), rel=1e-5)
+    assert sorted(recognizer.enrolled_scores) == pytest.approx(sorted(expected), rel=1e-5)
 
 
 def test_folds_leave_something_of_every_class(data):
@@ -192,7 +193,7 @@ def test_bad_input_is_refused(data):
         OpenSetRecognizer().predict(embeddings)
     with pytest.raises(OsmlError, match="at least two known classes"):
         OpenSetRecognizer().fit(embeddings[labels == 0], labels[labels == 0])
-    with pytest.raises(OsmlError, match="UNKNOWN"):
+    with pytest.raises(OsmlError, match="labels hold -1"):
         OpenSetRecognizer().fit(embeddings, torch.where(labels == 0, UNKNOWN, labels))
     with pytest.raises(OsmlError, match="719 labels for 720 embeddings"):
         OpenSetRecognizer().fit(embeddings, labels[1:])
@@ -206,8 +207,8 @@ def test_bad_input_is_refused(data):
         fitted(data).predict(["a.png"])
     with pytest.raises(OsmlError, match="needs validation items"):
         OpenSetRecognizer(threshold="max_f1").fit(embeddings, labels)
-    with pytest.raises(OsmlError, match="the only class left"):
-        fitted(data, classes=range(2)).forget("0").forget("1")
+    with pytest.raises(OsmlError, match="one of the last two classes"):
+        fitted(data, classes=range(2)).forget("0")
 
 
 def test_labels_may_be_names(data):
@@ -221,3 +222,91 @@ def test_labels_may_be_names(data):
 def test_empty_input_gives_an_empty_answer(data):
     answer = fitted(data).predict(normalize(torch.zeros(0, 16)))
     assert len(answer) == 0 and answer.names == ()
+
+
+@pytest.mark.parametrize("detector", ALL)
+def test_a_new_class_inherits_nothing_from_a_forgotten_one(data, detector):
+    embeddings, labels, _ = data
+    recognizer = fitted(data, detector=detector).forget("3").enroll("new", embeddings[labels == 4][:40])
+    assert recognizer.gallery.id_of("new") == 4
+    assert np.mean([n == "new" for n in recognizer.predict(embeddings[labels == 4][40:]).names]) > 0.8
+    assert np.mean([n == "new" for n in recognizer.predict(embeddings[labels == 3]).names]) < 0.3
+
+
+@pytest.mark.parametrize("detector", ["knn", "centroid", "mahalanobis"])
+def test_more_examples_help(digit_vectors, detector):
+    """Mean over five new classes: the more examples, the more of the class is recognised."""
+    vectors, labels = digit_vectors
+    recognised = {}
+    for n in (1, 3, 5, 20):
+        rates = []
+        for new in range(5, 10):
+            old = labels < 5
+            recognizer = OpenSetRecognizer(detector).fit(vectors[old][::2], labels[old][::2])
+            items = vectors[labels == new]
+            recognizer.enroll("new", items[:n])
+            rates.append(np.mean([name == "new" for name in recognizer.predict(items[20:]).names]))
+        recognised[n] = np.mean(rates)
+    assert recognised[3] > recognised[1] - 0.05 and recognised[5] > recognised[3] - 0.02
+    assert recognised[20] > recognised[5] and recognised[20] > 0.5, recognised
+
+
+@pytest.mark.parametrize("detector", ["knn", "centroid", "mahalanobis"])
+def test_whatever_is_enrolled_the_trained_classes_keep_their_rate(data, detector):
+    """Copies of one image, or a class tighter than any, must not make the threshold reject the old ones."""
+    embeddings, labels, _ = data
+    before = fitted(data, detector=detector, alpha=0.1)
+    tau = before.threshold.tau
+    old = embeddings[fresh(labels) & (labels < 4)]
+    rate = (before.predict(old).labels == UNKNOWN).mean()
+    for examples in (embeddings[labels == 4][:1].repeat(40, 1), embeddings[labels == 4][:5], old.mean(0, keepdim=True)):
+        recognizer = fitted(data, detector=detector, alpha=0.1).enroll("new", examples)
+        assert (recognizer.predict(old).labels == UNKNOWN).mean() <= rate + 0.02
+    if detector == "knn":  # its scores of old classes do not depend on new ones
+        assert recognizer.threshold.tau >= tau
+
+
+def test_p_values_and_rejection_agree_after_enrolment(data):
+    embeddings, labels, _ = data
+    answer = fitted(data, alpha=0.1).enroll("new", embeddings[labels == 4][:30]).predict(embeddings)
+    assert np.array_equal(answer.p_values <= 0.1 + 1e-12, answer.labels == UNKNOWN)
+
+
+def test_the_guarantee_is_of_the_calibrated_classes(data):
+    recognizer = fitted(data)
+    n = recognizer.guarantee.n
+    assert recognizer.enroll("new", data[0][-30:]).guarantee.n == n
+    assert recognizer.forget("0").guarantee.n < n
+
+
+def test_a_pseudo_unknown_class_can_be_found(data):
+    embeddings, labels, _ = data
+    known = (labels < 3) & ~fresh(labels)
+    held = (labels < 4) & fresh(labels)  # 3 is pseudo-unknown
+    recognizer = OpenSetRecognizer().fit(
+        embeddings[known],
+        labels[known],
+        calibration=(embeddings[held & (labels < 3)], labels[held & (labels < 3)]),
+        validation=(embeddings[held], labels[held]),
+    )
+    inbox = (labels == 3) & ~fresh(labels)
+    groups = recognizer.discover(torch.cat([embeddings[inbox], embeddings[labels == 4], embeddings[labels == 5]]))
+    assert (groups.labels[: int(inbox.sum())] >= 0).mean() > 0.9 and groups.n_classes == 3
+
+
+def test_enrolling_the_last_pseudo_unknown_class_keeps_the_threshold(data):
+    embeddings, labels, _ = data
+    validation = (embeddings[labels < 4], labels[labels < 4])
+    known = (labels < 3) & ~fresh(labels)
+    recognizer = OpenSetRecognizer(threshold="max_f1").fit(embeddings[known], labels[known], validation=validation)
+    tau = recognizer.threshold.tau
+    assert recognizer.enroll("3", embeddings[labels == 3][:30]).threshold.tau == tau
+
+
+def test_fit_again_forgets_the_proxies(data):
+    embeddings, labels, directions = data
+    recognizer = OpenSetRecognizer("max_logit").fit(embeddings, labels, class_weights=directions.numpy() * 16)
+    with pytest.raises(OsmlError, match="needs class weights"):
+        recognizer.fit(embeddings, labels)
+    with pytest.raises(OsmlError, match=r"class weights must be of shape \(6, 16\)"):
+        recognizer.fit(embeddings, labels, class_weights=directions[:5])

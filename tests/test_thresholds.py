@@ -78,11 +78,42 @@ class TestContract:
         ("conformal", {"alpha": 1.0}),
         ("quantile", {"accepted": 5}),
         ("target_rate", {"unknown_accepted": -0.1}),
+        ("conformal", {"alpha": math.nan}),
+        ("quantile", {"accepted": "abc"}),
+        ("target_rate", {"unknown_accepted": None}),
     ],
 )
 def test_rates_outside_0_and_1_are_refused(name, params):
     with pytest.raises(OsmlError, match="must be a rate between 0 and 1"):
         thresholds.create(name, **params)
+
+
+@pytest.mark.parametrize("tau", [math.inf, -math.inf, math.nan, None, "abc", True])
+def test_a_fixed_threshold_is_a_finite_number(tau):
+    with pytest.raises(OsmlError, match="tau must be a finite number; got"):
+        thresholds.create("fixed", tau=tau)
+
+
+def test_a_fixed_threshold_is_given():
+    with pytest.raises(OsmlError, match=r"threshold 'fixed' refuses its arguments \(.*'tau'"):
+        thresholds.create("fixed")
+
+
+def test_minus_infinity_is_never_kept():
+    threshold = thresholds.create("quantile")
+    with pytest.raises(OsmlError, match="would be minus infinity"):
+        threshold.fit(np.full(20, -np.inf))
+    with pytest.raises(OsmlError, match="not fitted"):
+        threshold.state()
+    with pytest.raises(OsmlError, match="tau must be a finite number; got -inf"):
+        thresholds.Threshold.from_state({"name": "quantile", "params": {}, "tau": -math.inf})
+
+
+@pytest.mark.parametrize(("rate", "accepted"), [(0.29, 29), (0.57, 57), (0.005, 0), (1 - 1e-12, 99)])
+def test_target_rate_is_safe_from_floating_point(rate, accepted):
+    scores = np.arange(101.0)
+    threshold = thresholds.create("target_rate", unknown_accepted=rate).fit(scores, is_unknown=scores > 0)
+    assert (~threshold.decide(scores[1:])).sum() == accepted
 
 
 def test_quantile_accepts_just_enough(scores):
@@ -161,6 +192,10 @@ def test_too_few_calibration_items_reject_nothing():
     assert threshold.tau == math.inf and not threshold.decide(np.array([1e30]))[0]
     assert threshold.state()["tau"] is None
     assert thresholds.create("conformal", alpha=0.05).fit(np.arange(19.0)).tau == 18.0
+
+
+def test_a_level_of_almost_1_takes_the_smallest_score():
+    assert thresholds.create("conformal", alpha=1 - 1e-12).fit(np.arange(19.0)).tau == 0.0
 
 
 def test_p_values_are_the_share_of_calibration_scores_at_least_as_high():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -14,9 +16,10 @@ from torch.utils.data import TensorDataset
 
 from osml_plugin import OsmlError, pml, trunks
 from osml_plugin.config import load_config, make_config
-from osml_plugin.embedding import EmbeddingModel, embed_dataset
+from osml_plugin.embedding import EmbeddingModel, default_device, embed_dataset
 from osml_plugin.hooks import OpenSetHook
-from osml_plugin.training import build_model, seed_everything, train_model
+from osml_plugin.registry import refusing
+from osml_plugin.training import build_model, checked_device, seed_everything, train_model
 
 ARGUMENTS = {
     "HistogramLoss": {"n_bins": 10},
@@ -116,8 +119,64 @@ def test_a_frozen_trunk_does_not_move(digits):
 
 
 def test_a_loss_that_refuses_its_batches_says_why(digits):
-    with pytest.raises(OsmlError, match=r"(?s)loss 'SmoothAPLoss', or the miner, refuses a batch.*MPerClassSampler"):
+    with pytest.raises(OsmlError, match=r"loss 'SmoothAPLoss' refuses a batch \(.*MPerClassSampler"):
         trained(digits, loss="SmoothAPLoss")
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"loss": {"name": "TripletMarginLoss", "margin": "abc"}}, "loss 'TripletMarginLoss' refuses a batch"),
+        (
+            {"loss": "TripletMarginLoss", "miner": {"name": "TripletMarginMiner", "margin": "abc"}},
+            "loss 'TripletMarginLoss' with miner 'TripletMarginMiner' refuses a batch",
+        ),
+        ({"loss": {"name": "CosFaceLoss", "margin": "abc"}}, "loss 'CosFaceLoss' refuses a batch"),
+        ({"loss": {"name": "ArcFaceLoss", "margin": "abc"}}, "loss 'ArcFaceLoss' refuses its arguments"),
+        (
+            {"loss": {"name": "CrossBatchMemory", "loss": "ArcFaceLoss"}},
+            "loss 'CrossBatchMemory' refuses its arguments",
+        ),
+        ({"sampler": {"name": "MPerClassSampler", "m": 0}}, "sampler.m must be a whole number of at least 1; got 0"),
+        ({"sampler": {"name": "MPerClassSampler", "m": "abc"}}, "sampler.m must be a whole number .* got 'abc'"),
+        ({"optimizer": {"name": "Adam", "betas": ["a", "b"]}}, "optimizer 'Adam' refuses its arguments"),
+        ({"model": {"trunk": {"name": "small_cnn", "width": "abc"}}}, "small_cnn's width must be .* got 'abc'"),
+        ({"model": {"trunk": {"name": "small_cnn", "width": 0}}}, "small_cnn's width must be .* got 0"),
+        ({"model": {"trunk": {"name": "small_cnn", "dropout": "abc"}}}, "trunk 'small_cnn' refuses its arguments"),
+        (
+            {"model": {"trunk": "small_cnn", "frozen": True, "embedder": "identity"}, "loss": "TripletMarginLoss"},
+            "nothing can be trained",
+        ),
+    ],
+)
+def test_parts_that_cannot_be_used_say_so_in_one_line(digits, parts, message):
+    with pytest.raises(OsmlError, match=message) as error:
+        trained(digits, **parts)
+    assert "\n" not in str(error.value)
+
+
+def test_memory_that_runs_out_is_nobodys_mistake():
+    for error in (MemoryError, torch.OutOfMemoryError):
+        with pytest.raises(error), refusing("arguments"):
+            raise error("no more")
+
+
+def test_what_the_trainer_fills_in_is_not_the_users_to_set():
+    assert list(pml.settable("sampler", "MPerClassSampler")) == ["m"]
+    for name in pml.names("loss"):
+        assert not pml.settable("loss", name).keys() & {"num_classes", "embedding_size", "descriptors_dim"}
+    assert {"margin", "scale", "distance"} <= pml.settable("loss", "ArcFaceLoss").keys()
+
+
+@pytest.mark.parametrize("device", ["foo", "", "meta", "cuda:99"])
+def test_a_device_that_cannot_be_used_is_refused(device):
+    with pytest.raises(OsmlError, match=f"the device '{device}' cannot be used") as error:
+        checked_device(device)
+    assert "\n" not in str(error.value)
+
+
+def test_a_device_that_can_be_used():
+    assert checked_device("cpu") == torch.device("cpu") and checked_device(None) == default_device()
 
 
 def test_fewer_items_than_a_batch_train_too(digits):
@@ -130,28 +189,33 @@ def test_a_loss_that_explodes_says_what_to_do(digits):
 
 
 def test_patience_stops_and_gives_back_the_best(digits):
+    class Scripted(OpenSetHook):
+        """Trains for real, with a validation OSCR that is best after the second epoch."""
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.states = []
+
+        def evaluate(self, model, device=None):
+            self.states.append({k: v.clone() for k, v in model.state_dict().items()})
+            oscr = [0.5, 0.7, 0.6, 0.7, 0.9, 0.9][len(self.history)]
+            return replace(super().evaluate(model, device), oscr=oscr)
+
     dataset, labels = digits
-    validation = TensorDataset(dataset.tensors[0][600:], dataset.tensors[1][600:])
+    validation = torch.utils.data.Subset(dataset, range(600, 700))
     known = [i for i, label in enumerate(labels[:600]) if label < 4]
-    reference = TensorDataset(dataset.tensors[0][known], dataset.tensors[1][known])
-    config = make_config({"model": {"trunk": {"name": "small_cnn", "width": 8}}, "optimizer": {"name": "SGD", "lr": 0}})
-    seed_everything(0)
+    reference = torch.utils.data.Subset(dataset, known)
+    config = make_config({"model": {"trunk": {"name": "small_cnn", "width": 8}}})
     model = build_model(config, channels=1, size=8)
-    hook = OpenSetHook(reference, validation, patience=2)
-    train_model(
-        model,
-        reference,
-        [labels[i] for i in known],
-        config,
-        n_epochs=9,
-        progress=False,
-        device="cpu",
-        end_of_epoch_hook=hook,
-    )
-    # Only batch normalisation moves at a learning rate of 0; the run ends two epochs after the best one.
-    assert len(hook.history) == hook.best_epoch + 3 or len(hook.history) == 9
+    hook = Scripted(reference, validation, patience=2)
+    known_labels = [labels[i] for i in known]
+    arguments = {"n_epochs": 6, "progress": False, "device": "cpu", "end_of_epoch_hook": hook}
+    train_model(model, reference, known_labels, config, **arguments)
+    # The fourth epoch equals the best and does not better it: two epochs without a better one.
+    assert [h["epoch"] for h in hook.history] == [1, 2, 3, 4] and hook.best_epoch == 1
+    assert not torch.equal(hook.states[3]["embedder.weight"], hook.states[1]["embedder.weight"])
     hook.restore_best(model)
-    assert hook.evaluate(model, "cpu").oscr == pytest.approx(hook.history[hook.best_epoch]["oscr"], abs=1e-6)
+    assert all(torch.equal(v, hook.states[1][k]) for k, v in model.state_dict().items())
 
 
 # Proxies ----------------------------------------------------------------------------------------------------
@@ -222,6 +286,25 @@ def test_local_weights_are_loaded_and_must_fit(tmp_path):
             build_model(make_config({"model": {"trunk": "small_cnn", "weights": weights}}), channels=1, size=8)
 
 
+def test_weights_that_cannot_be_read_or_fetched(tmp_path, monkeypatch):
+    def offline(*args, **kwargs):
+        raise URLError("no network")
+
+    (tmp_path / "text.pth").write_text("not weights")
+    (tmp_path / "text.safetensors").write_text("not weights")
+    torch.save([torch.ones(3)], tmp_path / "list.pth")
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", offline)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    trunk = trunks.build("resnet18", {}, channels=3)
+    for weights, message in [
+        *((str(tmp_path / f), "cannot read the weights") for f in ("text.pth", "text.safetensors", "list.pth")),
+        ("DEFAULT", "weights 'DEFAULT' of trunk 'resnet18' cannot be fetched .*no network.*: pass a local file"),
+    ]:
+        with pytest.raises(OsmlError, match=message) as error:
+            trunks.load_weights(trunk, "resnet18", weights)
+        assert "\n" not in str(error.value)
+
+
 def test_weights_of_torchvision_by_name():
     with pytest.raises(OsmlError, match="unknown weights of trunk 'resnet18' 'IMAGENET': did you mean 'IMAGENET1K_V1'"):
         trunks.load_weights(trunks.build("resnet18", {}, channels=3), "resnet18", "IMAGENET")
@@ -232,14 +315,18 @@ def test_a_factory_of_ones_own(tmp_path, monkeypatch):
         "from torch import nn\n"
         "def tiny(features=12):\n    return nn.Sequential(nn.Flatten(), nn.LazyLinear(features))\n"
         "def wrong():\n    return 3\n"
+        "def keywords(**kwargs):\n    return nn.Linear(kwargs['rows'], 2)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     trunk = trunks.build("my_trunks:tiny", {"features": 7}, channels=1)
     assert trunk(torch.zeros(2, 1, 8, 8)).shape == (2, 7)
+    assert trunks.build("my_trunks:keywords", {"rows": 5}, channels=1).in_features == 5
     for name, args, message in [
         ("my_trunks:tinny", {}, "cannot be imported"),
         ("absent_module:tiny", {}, "cannot be imported"),
         ("my_trunks:tiny", {"feature": 3}, "did you mean 'features'"),
+        ("my_trunks:keywords", {"row": 5}, r"trunk factory 'my_trunks:keywords' fails \('rows'\)"),
+        ("my_trunks:nn", {}, "trunk factory 'my_trunks:nn' fails"),
         ("my_trunks:wrong", {}, "must return a torch.nn.Module; it returned int"),
     ]:
         with pytest.raises(OsmlError, match=message):

@@ -218,7 +218,7 @@ def augmentation(spec: str | Sequence[Mapping], size: int) -> nn.Module:
 
 
 def _transform(entry: Mapping) -> nn.Module:
-    if not isinstance(entry, Mapping) or "name" not in entry:
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
         raise OsmlError(f'an augmentation is {{"name": <class of torchvision.transforms.v2>, ...}}, not {entry!r}')
     classes = {name: cls for name, cls in vars(v2).items() if inspect.isclass(cls) and issubclass(cls, v2.Transform)}
     name, arguments = entry["name"], {key: value for key, value in entry.items() if key != "name"}
@@ -227,7 +227,7 @@ def _transform(entry: Mapping) -> nn.Module:
     check_arguments("augmentation", name, arguments, inspect.signature(classes[name]).parameters)
     try:
         return classes[name](**arguments)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # any transform, any argument
         raise OsmlError(f"augmentation '{name}' does not take {arguments}: {_reason(error)}") from error
 
 

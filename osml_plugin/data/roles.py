@@ -13,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
+from .. import UNKNOWN
 from ..errors import OsmlError, unknown_name
 from .items import ROLES, Items
 
 TRAIN, CALIBRATION, VALIDATION, TEST = range(4)  # in the order of ROLES and of the fields of Fractions
+UNKNOWN_CLASS = str(UNKNOWN)  # the label of items of unknown classes
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,12 @@ class Split:
     def load(cls, path: str | Path) -> Split:
         """Read JSON `{"known": [...], "pseudo_unknown": [...], "unknown": [...]}`; raises `OsmlError`."""
         try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8-sig")))
         except OsmlError as error:
             raise OsmlError(f"split '{path}': {error}") from error
         except OSError as error:
             raise OsmlError(f"cannot read the split '{path}': {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise OsmlError(f"the split '{path}' is not JSON: {error}") from error
 
     @classmethod
@@ -62,6 +64,12 @@ class Split:
         """Raise `OsmlError` unless the split fits data with these classes."""
         if len(set(self.known)) < 2:
             raise OsmlError(f"a split needs at least 2 known classes, not {len(set(self.known))}")
+        for key in ("known", "pseudo_unknown"):
+            if UNKNOWN_CLASS in getattr(self, key):
+                raise OsmlError(
+                    f"the split names class '{UNKNOWN_CLASS}' in '{key}', but that is the label of items of unknown "
+                    "classes; move it to 'unknown'"
+                )
         named = [(name, key) for key, names in asdict(self).items() for name in names]
         for name, count in Counter(name for name, _ in named).items():
             if count > 1:
@@ -80,9 +88,11 @@ class Split:
 
 def draw_split(class_names: Iterable[str], *, n_known: int | None = None, seed: int = 0) -> Split:
     """A random split: `n_known` classes (half of them by default, at least 2) are known; of the others 40 %
-    (at least 1 of 2 or more) are pseudo-unknown and the rest unknown. The order of `class_names` has no
-    influence. Raises `OsmlError` if `n_known` is below 2 or above the number of classes."""
-    names = sorted(set(class_names))
+    (at least 1 of 2 or more) are pseudo-unknown and the rest unknown. The label '-1' is not drawn: it is
+    unknown. The order of `class_names` has no influence. Raises `OsmlError` if `n_known` is below 2 or above the
+    number of classes."""
+    given = set(class_names)
+    names = sorted(given - {UNKNOWN_CLASS})
     if n_known is None:
         n_known = max(2, round(0.5 * len(names)))
     if not 2 <= n_known <= len(names):
@@ -91,7 +101,9 @@ def draw_split(class_names: Iterable[str], *, n_known: int | None = None, seed: 
     n_pseudo = max(round(0.4 * others), 1 if others >= 2 else 0)
     drawn = sorted(names, key=lambda name: _lot(seed, name.encode()))
     cuts = (slice(n_known), slice(n_known, n_known + n_pseudo), slice(n_known + n_pseudo, None))
-    return Split(*(tuple(sorted(drawn[cut])) for cut in cuts))
+    known, pseudo_unknown, unknown = (drawn[cut] for cut in cuts)
+    unknown = [*unknown, *given & {UNKNOWN_CLASS}]
+    return Split(*(tuple(sorted(names)) for names in (known, pseudo_unknown, unknown)))
 
 
 @dataclass(frozen=True)
@@ -160,8 +172,9 @@ def test_indices(
     seen: Collection[int] | np.ndarray = (),
 ) -> np.ndarray:
     """Sorted indices of the items to test on: known and unknown classes, never one of `held_out`, the
-    pseudo-unknown classes. Where the source declares roles: its 'test' items. Else: all whose fingerprint is
-    not in `seen`, the uint64 fingerprints of what the model was trained, calibrated or validated on.
+    pseudo-unknown classes, and where the source declares roles, its 'test' items only. Never an item whose
+    fingerprint is in `seen`, the uint64 fingerprints of what the model was trained, calibrated, validated or
+    enrolled on: copies of these in a declared test set are left out too.
 
     Raises `OsmlError` for items without labels or without any class of `split_known` (names spelled otherwise
     would silently count as unknown).
@@ -172,12 +185,13 @@ def test_indices(
             f"none of the {len(split_known)} known classes, such as '{min(split_known, default='')}', is in the "
             f"data, whose classes are such as '{min(classes)}'; expected the same names as in training"
         )
-    if items.roles is not None:
-        chosen = np.array([role == "test" for role in items.roles])
-    else:
-        chosen = ~np.isin(items.fingerprints(), np.asarray(seen, dtype=np.uint64))
     held_out = set(held_out)
-    return np.flatnonzero(chosen & np.array([label not in held_out for label in items.labels]))
+    to_test = np.array([label not in held_out for label in items.labels])
+    if items.roles is not None:
+        to_test &= np.array([role == "test" for role in items.roles])
+    indices = np.flatnonzero(to_test)
+    # Of a large source with roles, only the test files are read.
+    return indices[~np.isin(items.select(indices).fingerprints(), np.asarray(seen, dtype=np.uint64))]
 
 
 test_indices.__test__ = False  # pytest would take it for a test

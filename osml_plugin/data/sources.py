@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from ..errors import OsmlError
-from .items import ROLES, Items
+from .items import ROLES, Items, check_class_names
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm"})
 KINDS = (
@@ -27,7 +27,8 @@ def open_items(path: str | Path, *, labelled: bool = True) -> Items:
     """What `path` holds; its kind is told from the path itself.
 
     - `DIR/<class>/*`: images; the folder is the class, nested folders belong to it.
-    - `DIR/train/<class>/*` and `DIR/test/<class>/*`: the same with the roles 'train' and 'test'.
+    - `DIR/train/<class>/*` and `DIR/test/<class>/*`: the same with the roles 'train' and 'test'. Other parts that
+      hold class folders (`DIR/val/<class>/*`) are refused, and never taken for classes.
     - `.csv`, `.parquet`: a manifest with columns `path,label[,role]`; paths are relative to its folder.
     - `.npz`, `.safetensors`: `embeddings` (N, D), `labels`, optional `roles` and `paths`
       (for safetensors: integer `labels`, and JSON lists `class_names`, `roles`, `paths` in the metadata).
@@ -59,7 +60,7 @@ def open_items(path: str | Path, *, labelled: bool = True) -> Items:
 
 def _open_folder(root: Path, labelled: bool) -> Items:
     folders = _subfolders(root)
-    images = sorted((f for f in root.iterdir() if _is_image(f.name) and f.is_file()), key=lambda f: f.name)
+    images = _images_in(root)
     if not folders:
         if not images:
             raise OsmlError(f"folder '{root}' holds no images; expected {KINDS}")
@@ -81,7 +82,16 @@ def _open_folder(root: Path, labelled: bool) -> Items:
         train, test = _class_folders(root / "train"), _class_folders(root / "test")
         roles = ["train"] * len(train) + ["test"] * len(test)
         return Items(*zip(*train, *test, strict=True), None, tuple(roles))
+    parts = [f.name for f in folders if f.name.lower() in _PARTS and _subfolders(f) and not _images_in(f)]
+    if parts:
+        raise OsmlError(
+            f"folder '{root}' holds folders in {_listing(parts)}: expected DIR/train/<class>/* and DIR/test/<class>/*, "
+            "both; name them so, or name every file and its role in a manifest (path,label,role)"
+        )
     return Items(*zip(*_class_folders(root), strict=True), None, None)
+
+
+_PARTS = ("train", "val", "valid", "validation", "test")
 
 
 def _class_folders(root: Path) -> list[tuple[str, Path]]:
@@ -102,6 +112,10 @@ def _subfolders(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
     return sorted((f for f in root.iterdir() if f.is_dir() and not _hidden(f.name)), key=lambda f: f.name)
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return sorted((f for f in folder.iterdir() if _is_image(f.name) and f.is_file()), key=lambda f: f.name)
 
 
 def _images_below(folder: Path) -> list[Path]:
@@ -156,9 +170,15 @@ def _read_table(file: Path) -> dict[str, list[str]]:
 
         if file.suffix.lower() == ".csv":
             # Without these pandas takes '01' for 1 and the classes 'NA' and 'null' for missing.
-            table = pd.read_csv(file, dtype=str, keep_default_na=False)
+            table = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig")
         else:
-            table = pd.read_parquet(file).astype(object)
+            table = pd.read_parquet(file)
+            # Integers are stored as floats where another row is empty, or was once.
+            for name in table.select_dtypes("floating"):
+                values = table[name].dropna()
+                if ((values % 1 == 0) & (values.abs() < 2**53)).all():
+                    table[name] = table[name].astype("Int64")
+            table = table.astype(object)
             table = table.where(table.notna(), "").astype(str)
     except ImportError as error:
         raise OsmlError(f"reading '{file}' needs pandas and pyarrow: pip install 'osml-plugin[manifest]'") from error
@@ -237,7 +257,7 @@ def write_embeddings(
 
     embeddings: `(N, D)`, finite; written as float32. labels: class names, or integers, which become their
     decimal string; None if there are none. paths: the image of each row, kept relative to the file's folder.
-    roles: the data role of each row. Raises `OsmlError`.
+    roles: the data role of each row. Raises `OsmlError`, also where the file cannot be written.
     """
     path = Path(path)
     if path.suffix.lower() not in (".npz", ".safetensors"):
@@ -250,6 +270,7 @@ def write_embeddings(
     columns: dict[str, list[str]] = {}
     if labels is not None:
         columns["labels"] = _strings(np.asarray(labels), "labels")
+        check_class_names(columns["labels"])
     if paths is not None:
         folder = os.path.realpath(path.parent)
         columns["paths"] = [Path(os.path.relpath(os.path.abspath(p), folder)).as_posix() for p in paths]
@@ -259,7 +280,11 @@ def write_embeddings(
         if len(values) != len(embeddings):
             raise OsmlError(f"{len(values)} {name} for {len(embeddings)} embeddings; expected one a row")
     write = _write_npz if path.suffix.lower() == ".npz" else _write_safetensors
-    _write_aside(path, lambda aside: write(aside, embeddings, columns))
+    try:
+        _write_aside(path, lambda aside: write(aside, embeddings, columns))
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or _one_line(error)
+        raise OsmlError(f"cannot write embeddings to '{path}': {reason}; choose another place") from error
 
 
 def _write_npz(file: Path, embeddings: np.ndarray, columns: dict[str, list[str]]) -> None:

@@ -52,8 +52,11 @@ class Detector(Named, nn.Module):
         Raises:
             OsmlError: for wrong shapes, NaN, an `UNKNOWN` label, missing class weights.
         """
-        embeddings = self._checked(embeddings)
-        labels = torch.as_tensor(labels, device=embeddings.device)
+        embeddings = check_embeddings(embeddings)
+        try:
+            labels = torch.as_tensor(labels, device=embeddings.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise OsmlError(f"labels must be integers, one for each embedding: {error}") from error
         if labels.shape != embeddings.shape[:1] or labels.is_floating_point():
             raise OsmlError(
                 f"labels must be integers of shape ({len(embeddings)},), one for each embedding; "
@@ -65,7 +68,7 @@ class Detector(Named, nn.Module):
             raise OsmlError(f"labels hold UNKNOWN ({UNKNOWN}): a detector learns known classes only, leave these out")
         class_labels, index = labels.long().unique(return_inverse=True)
         if class_weights is not None:
-            class_weights = self._checked_weights(class_weights, len(class_labels), embeddings)
+            class_weights = check_class_weights(class_weights, len(class_labels), embeddings)
         elif self.needs_class_weights:
             raise OsmlError(
                 f"detector '{self.name}' needs class weights: train with a classification loss (one that has "
@@ -90,7 +93,7 @@ class Detector(Named, nn.Module):
         if "class_labels" not in self._buffers:
             raise OsmlError(f"detector '{self.name}' is not fitted: call fit(embeddings, labels) first")
         home = embeddings.device if isinstance(embeddings, Tensor) else "cpu"
-        embeddings = self._checked(embeddings).to(self.class_labels.device)
+        embeddings = check_embeddings(embeddings).to(self.class_labels.device)
         if embeddings.shape[1] != self.width:
             raise OsmlError(
                 f"embeddings are {embeddings.shape[1]} wide, but the detector was fitted on {int(self.width)}"
@@ -124,19 +127,6 @@ class Detector(Named, nn.Module):
             self._fitted()
         return self
 
-    def _checked(self, embeddings: ArrayLike) -> Tensor:
-        return check_embeddings(embeddings)
-
-    def _checked_weights(self, weights: ArrayLike, n_classes: int, embeddings: Tensor) -> Tensor:
-        weights = torch.as_tensor(weights, dtype=torch.float32, device=embeddings.device)
-        weights = weights[:, None] if weights.ndim == 2 else weights
-        if weights.ndim != 3 or weights.shape[0] != n_classes or weights.shape[2] != embeddings.shape[1]:
-            raise OsmlError(
-                f"class weights must be of shape ({n_classes}, {embeddings.shape[1]}) or "
-                f"({n_classes}, proxies, {embeddings.shape[1]}); got {tuple(weights.shape)}"
-            )
-        return weights
-
     # What a detector writes -----------------------------------------------------------------------------
 
     def _fit(self, embeddings: Tensor, labels: Tensor, class_weights: Tensor | None) -> None:
@@ -157,7 +147,12 @@ class Detector(Named, nn.Module):
 
 def check_embeddings(embeddings: ArrayLike) -> Tensor:
     """`(N, D)` finite floats as a float32 tensor; OsmlError says what is wrong with anything else."""
-    embeddings = torch.as_tensor(embeddings).detach()
+    try:
+        embeddings = torch.as_tensor(embeddings).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise OsmlError(
+            f"embeddings must be numbers of shape (items, width): {' '.join(str(error).split())}"
+        ) from error
     if embeddings.ndim != 2 or embeddings.shape[1] == 0:
         raise OsmlError(f"embeddings must be of shape (items, width); got {tuple(embeddings.shape)}")
     if not embeddings.is_floating_point():
@@ -170,6 +165,18 @@ def check_embeddings(embeddings: ArrayLike) -> Tensor:
             f"{int(bad.nonzero()[0])}: leave them out, or look at the network that made them"
         )
     return embeddings
+
+
+def check_class_weights(weights: ArrayLike, n_classes: int, embeddings: Tensor) -> Tensor:
+    """`(C, P, D)` float32 beside `embeddings`, of weights `(C, D)` or `(C, P, D)`."""
+    weights = torch.as_tensor(weights, dtype=torch.float32, device=embeddings.device)
+    weights = weights[:, None] if weights.ndim == 2 else weights
+    if weights.ndim != 3 or weights.shape[0] != n_classes or weights.shape[2] != embeddings.shape[1]:
+        raise OsmlError(
+            f"class weights must be of shape ({n_classes}, {embeddings.shape[1]}) or "
+            f"({n_classes}, proxies, {embeddings.shape[1]}); got {tuple(weights.shape)}"
+        )
+    return weights
 
 
 def class_means(embeddings: Tensor, labels: Tensor, n_classes: int) -> Tensor:

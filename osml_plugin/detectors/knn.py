@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import OsmlError
 from ..neighbors import NeighborIndex
+from ..registry import checked_count
 from .base import Detector
 
 
 class KNN(Detector, name="knn"):
     """min over classes of the distance to the class's k-th nearest reference (Sun et al. 2022, class by class).
 
-    A class of fewer than k references uses its farthest one, so that a class enrolled from one example is
-    recognised beside classes of thousands.
+    k is that of the largest class; a class of n_c references out of n in the largest uses ⌈k n_c / n⌉, the same share
+    of its own, so that a class enrolled from a few examples is measured as those of thousands are.
 
     Scanning the references of all classes from the nearest outwards, the first class to reach its k-th
     member is the one with the smallest k-th distance: a short list of neighbours almost always decides.
@@ -24,9 +24,7 @@ class KNN(Detector, name="knn"):
 
     def __init__(self, *, k: int = 5):
         super().__init__()
-        if not isinstance(k, int) or k < 1:
-            raise OsmlError(f"knn needs k to be a whole number of at least 1; got {k!r}")
-        self.k = k
+        self.k = checked_count("k of detector 'knn'", k)
 
     def _fit(self, embeddings: Tensor, labels: Tensor, class_weights: Tensor | None) -> None:
         self.register_buffer("references", embeddings.clone())
@@ -34,13 +32,14 @@ class KNN(Detector, name="knn"):
 
     def _fitted(self) -> None:
         self._index = NeighborIndex(self.references)
-        self._class_k = self.reference_labels.bincount(minlength=len(self.class_labels)).clamp(max=self.k)
+        counts = self.reference_labels.bincount(minlength=len(self.class_labels))
+        k = min(self.k, int(counts.max()))
+        self._class_k = -(-k * counts // counts.max())  # rounded up
 
     def _score_and_class(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         distances, indices = self._index.search(embeddings, 4 * self.k)
         labels = self.reference_labels[indices]
-        nth_of_class = (labels[:, :, None] == labels[:, None, :]).tril().sum(dim=2)
-        complete = nth_of_class == self._class_k[labels]
+        complete = _nth_of_its_class(labels) == self._class_k[labels]
         first = complete.int().argmax(dim=1, keepdim=True)
         scores, classes = distances.gather(1, first)[:, 0], labels.gather(1, first)[:, 0]
         undecided = ~complete.any(dim=1)
@@ -58,3 +57,14 @@ class KNN(Detector, name="knn"):
             distances[:, self.reference_labels == c].kthvalue(int(k), dim=1).values for c, k in enumerate(self._class_k)
         ]
         return torch.stack(columns, dim=1)
+
+
+def _nth_of_its_class(labels: Tensor) -> Tensor:
+    """For each of K neighbours `(N, K)`, nearest first, the how-manieth of its class it is: 1, 2, …"""
+    order = labels.argsort(dim=1, stable=True)
+    grouped = labels.gather(1, order)
+    position = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
+    first = torch.ones_like(grouped, dtype=torch.bool)
+    first[:, 1:] = grouped[:, 1:] != grouped[:, :-1]
+    start = torch.where(first, position, 0).cummax(dim=1).values
+    return torch.empty_like(labels).scatter_(1, order, position - start + 1)

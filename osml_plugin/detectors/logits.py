@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OsmlError
+from ..registry import checked_number
 from .base import Detector
 
 
@@ -39,9 +40,9 @@ class TemperedLogitDetector(LogitDetector):
 
     def __init__(self, *, temperature: float = 1.0):
         super().__init__()
-        if not temperature > 0:
+        self.temperature = checked_number("temperature", temperature)
+        if self.temperature <= 0:
             raise OsmlError(f"temperature must be above 0; got {temperature!r}")
-        self.temperature = float(temperature)
 
 
 class MaxLogit(LogitDetector, name="max_logit"):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OsmlError
+from ..registry import checked_number
 from .base import Detector, class_means
 
 
@@ -72,6 +73,6 @@ def squared_distances(embeddings: Tensor, means: Tensor, whiten: Tensor) -> Tens
 
 
 def checked_shrinkage(shrinkage: float) -> float:
-    if not 0 < shrinkage <= 1:
+    if not 0 < checked_number("shrinkage", shrinkage) <= 1:
         raise OsmlError(f"shrinkage must be above 0 and at most 1; got {shrinkage!r}")
     return float(shrinkage)

@@ -51,6 +51,7 @@ def discover(
     *,
     known_embeddings: ArrayLike | torch.Tensor | None = None,
     known_labels: ArrayLike | torch.Tensor | None = None,
+    in_gallery: ArrayLike | None = None,
     n_classes: int | None = None,
     seed: int = 0,
 ) -> Discovery:
@@ -76,6 +77,8 @@ def discover(
             tighter than new ones. Pseudo-unknown classes tell the most. None: the finest grouping is taken that
             agrees with the next coarser and finer ones (mean adjusted Rand index at least 0.9).
         known_labels: `(M,)` their classes, integers or strings.
+        in_gallery: `(M,)` bool: those whose class can be recognised already, None = all. Groups of these are left out;
+            the others (of pseudo-unknown classes, say) set the granularity only, and may be found as new classes.
         n_classes: The number of classes, where it is known: then there are exactly so many.
         seed: Of the community search; the same seed gives the same groups, in whatever order the items come (the
             approximate search above 100,000 items excepted).
@@ -97,6 +100,7 @@ def discover(
     # result independent of the order of the items.
     nodes, node = np.unique(np.concatenate([items, known]).round(SAME) + 0.0, axis=0, return_inverse=True)
     of_item, of_known = node[:n], node[n:]
+    of_gallery = of_known if in_gallery is None or not len(known) else of_known[np.asarray(in_gallery, dtype=bool)]
     graph = neighbor_graph(nodes)
 
     ladder, counts, scores = [], [], []
@@ -105,7 +109,7 @@ def discover(
         if n_classes is None and ladder and groups.max() + 1 > len(nodes) / 2:
             break  # a class of one item is none; that each is alone would be very stable
         ladder.append(groups)
-        counts.append(int(_new_groups(groups, of_item, of_known).max()) + 1)
+        counts.append(int(_new_groups(groups, of_item, of_gallery).max()) + 1)
         if n_classes is not None and counts[-1] >= n_classes:
             break
         if len(known):
@@ -128,7 +132,7 @@ def discover(
             chosen = fit[-1]
         interval = (min(counts[i] for i in fit), max(counts[i] for i in fit))
         groups = ladder[chosen]
-        labels = _new_groups(groups, of_item, of_known)[of_item]
+        labels = _new_groups(groups, of_item, of_gallery)[of_item]
 
     by_size = np.argsort(-np.bincount(labels[labels >= 0]), kind="stable")
     rank = np.append(np.argsort(by_size), LEFT_OUT)  # -1 finds the last

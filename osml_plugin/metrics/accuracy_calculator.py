@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from .. import UNKNOWN, detectors
 from .open_set import OpenSetMetrics, open_set_metrics
 
 OPEN_SET = ("auroc", "aupr_unknown", "aupr_known", "fpr95", "oscr", "closed_set_accuracy")
+
+UNDEFINED = OpenSetMetrics(0, 0, *[math.nan] * 6, None, None, None)
 
 
 class OpenSetAccuracyCalculator(AccuracyCalculator):
@@ -57,7 +60,7 @@ class OpenSetAccuracyCalculator(AccuracyCalculator):
     def _get_accuracy(self, function_dict: dict, **kwargs: Any) -> dict[str, float]:
         """Called by PML once a split, with everything that its metrics take."""
         if set(OPEN_SET) & set(function_dict):
-            kwargs["open_set"] = self._open_set(**kwargs)
+            kwargs["open_set"] = UNDEFINED if kwargs["ref_includes_query"] else self._open_set(**kwargs)
         return super()._get_accuracy(function_dict, **kwargs)
 
     def _open_set(
@@ -66,14 +69,11 @@ class OpenSetAccuracyCalculator(AccuracyCalculator):
         query_labels: Tensor,
         reference: Tensor,
         reference_labels: Tensor,
-        ref_includes_query: bool,
         **kwargs: Any,
     ) -> OpenSetMetrics:
         query_labels, reference_labels = query_labels.flatten().long(), reference_labels.flatten().long()
         known = reference_labels != UNKNOWN  # PML takes the unknowns for one more class
         classes, scores = self.detector.fit(reference[known], reference_labels[known]).predict(query)
-        if ref_includes_query:
-            scores = torch.zeros_like(scores)
         unknown = ~torch.isin(query_labels, reference_labels[known])
         # Ids from 0: PML's labels may be any integers.
         _, ids = np.unique(torch.cat([query_labels, classes]).cpu().numpy(), return_inverse=True)

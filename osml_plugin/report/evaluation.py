@@ -27,11 +27,11 @@ SHOWN_MISTAKES = 18
 MEANING = {
     "n_known_items": "Items tested whose class the recognizer knows.",
     "n_unknown_items": "Items tested whose class it does not know.",
-    "known_rejected": "Share of known items called unknown; asked for: {alpha:g}. Lower is better.",
+    "known_rejected": "Share of known items called unknown{asked}. Lower is better.",
     "unknown_rejected": "Share of unknown items called unknown. Higher is better.",
     "macro_f1": "Mean F1 of all classes, unknown being one: all decisions in one figure. Higher is better.",
     "threshold": "τ: an item is called unknown if its score is above it.",
-    "alpha": "Share of known items that may be rejected, as asked for.",
+    "alpha": "Share of known items that may be rejected, where the threshold is chosen by it.",
     "closed_set_accuracy": "Share of known items whose nearest class is their own, nothing rejected. Higher is better.",
     "auroc": "Chance that an unknown item scores above a known one: 0.5 is guessing, 1 is perfect.",
     "aupr_unknown": "Average precision of finding the unknown items. Depends on how many there are. Higher is better.",
@@ -103,7 +103,8 @@ def _figures(page: Page, evaluation: Evaluation, shown: Images) -> None:
     figures = evaluation.metrics.to_dict() | {"threshold": evaluation.threshold, "alpha": evaluation.alpha}
 
     def rows(figures: dict, names: Iterable[str]) -> list:
-        return [(name, figures[name], MEANING[name].format(alpha=evaluation.alpha)) for name in names]
+        asked = "" if evaluation.alpha is None else f"; asked for: {evaluation.alpha:g}"
+        return [(name, figures[name], MEANING[name].format(asked=asked)) for name in names]
 
     header = ("figure", "value", "in plain words")
     page.add_table("At the threshold", header, rows(figures, AT_THRESHOLD), f"Detector: {evaluation.detector}.")
@@ -220,7 +221,8 @@ def summary(evaluation: Evaluation) -> str:
     known, unknown = f"{m.n_known_items:,} items of known classes", f"{m.n_unknown_items:,} of unknown ones"
     said = []
     if m.n_known_items:
-        said.append(f"{m.known_rejected:.1%} of the known items ({evaluation.alpha:.1%} asked for)")
+        asked = "" if evaluation.alpha is None else f" ({evaluation.alpha:.1%} asked for)"
+        said.append(f"{m.known_rejected:.1%} of the known items{asked}")
     if m.n_unknown_items:
         said.append(f"{m.unknown_rejected:.1%} of the unknown ones")
     lead = f"Tested on {known} and {unknown}. Called unknown: {', and '.join(said)}."

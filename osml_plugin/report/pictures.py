@@ -63,9 +63,8 @@ def roc(evaluation: Evaluation) -> Figure | None:
         return None
     x, y, _ = roc_curve(ranking)
     figure, axes = _figure(4.7, 4.5, f"ROC curve, AUROC {metrics.auroc:.3f}")
-    axes.axvline(
-        evaluation.alpha, color=INK, linewidth=0.9, linestyle=(0, (1, 2)), label=f"asked for: {evaluation.alpha:g}"
-    )
+    if (alpha := evaluation.alpha) is not None:
+        axes.axvline(alpha, color=INK, linewidth=0.9, linestyle=(0, (1, 2)), label=f"asked for: {alpha:g}")
     _curve(axes, x, y, KNOWN, f"AUROC {metrics.auroc:.3f}")
     _operating_point(axes, metrics.known_rejected, metrics.unknown_rejected)
     axes.plot([0, 1], [0, 1], color=FAINT, linewidth=0.9, zorder=0)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..errors import OsmlError
-from ..registry import Named, Registry
+from ..registry import Named, Registry, checked_number
 
 registry: Registry[Threshold] = Registry("threshold")
 
@@ -35,7 +35,8 @@ class Threshold(Named):
             is_unknown: `(N,)` bool; None = all items are of known classes.
 
         Raises:
-            OsmlError: for NaN, wrong shapes, no known item, or no unknown item where one is needed.
+            OsmlError: for NaN, wrong shapes, no known item, or no unknown item where one is needed, and for a τ of
+                minus infinity.
         """
         scores = checked_scores(scores)
         is_unknown = np.zeros(len(scores), bool) if is_unknown is None else np.asarray(is_unknown)
@@ -48,27 +49,33 @@ class Threshold(Named):
                 f"threshold '{self.name}' is chosen on known and unknown items, and there are no unknown ones: "
                 "name pseudo-unknown classes in the split, or use the threshold 'conformal'"
             )
-        self.tau = float(self._tau(np.sort(scores[~is_unknown]), np.sort(scores[is_unknown])))
+        tau = float(self._tau(np.sort(scores[~is_unknown]), np.sort(scores[is_unknown])))
+        if tau == -math.inf:
+            raise OsmlError(f"threshold '{self.name}' would be minus infinity: look at what made such scores")
+        self.tau = tau
         return self
 
     @final
     def decide(self, scores: ArrayLike, classes: ArrayLike | None = None) -> np.ndarray:
         """Which items are unknown: bool `(N,)`."""
-        if self.tau is None:
-            raise OsmlError(f"threshold '{self.name}' is not fitted: call fit(scores) first")
+        self._check_fitted()
         return checked_scores(scores) > self.tau
 
     def state(self) -> dict:
-        """All of it, as JSON: name, parameters, and τ (null = infinite: nothing is rejected)."""
-        tau = None if self.tau is None or math.isinf(self.tau) else self.tau
-        return {"name": self.name, "params": self.params, "tau": tau}
+        """All of it, as JSON: name, parameters, and τ (null = infinite: nothing is rejected). Needs `fit` first."""
+        self._check_fitted()
+        return {"name": self.name, "params": self.params, "tau": None if self.tau == math.inf else self.tau}
 
     @staticmethod
     def from_state(state: dict) -> Threshold:
         """The threshold whose `state()` this is."""
         threshold = registry.create(state["name"], **state["params"])
-        threshold.tau = math.inf if state["tau"] is None else float(state["tau"])
+        threshold.tau = math.inf if state["tau"] is None else checked_number("tau", state["tau"])
         return threshold
+
+    def _check_fitted(self) -> None:
+        if self.tau is None:
+            raise OsmlError(f"threshold '{self.name}' is not fitted: call fit(scores) first")
 
     def _tau(self, known: np.ndarray, unknown: np.ndarray) -> float:
         """τ, from the sorted scores of known (at least one) and unknown items."""

@@ -38,7 +38,18 @@ class Guarantee:
     at_most: float
     """With 95 % confidence the rate of **this** calibration set is at most this."""
 
+    @property
+    def possible(self) -> bool:
+        """Whether there are enough items for any promise; without it nothing is rejected."""
+        return conformal_rank(self.n, self.alpha) <= self.n
+
     def __str__(self) -> str:
+        if not self.possible:
+            needed = int(np.ceil(np.round(1 / self.alpha - 1, 9)))
+            return (
+                f"nothing is rejected: at {self.alpha:.1%} at least {needed} calibration items are needed, and there "
+                f"are {self.n}; give more images, or a larger alpha"
+            )
         return (
             f"at most {self.alpha:.1%} of known items rejected on average ({self.n} calibration items); "
             f"for this calibration set at most {self.at_most:.1%} with 95 % confidence"
@@ -55,7 +66,7 @@ def guarantee(n: int, alpha: float) -> Guarantee:
 
 def conformal_rank(n: int, alpha: float) -> int:
     """⌈(n+1)(1−α)⌉, safe from floating point: (19+1)(1−0.05) is 19, not 19.000000000000004 and so 20."""
-    return int(np.ceil(np.round((n + 1) * (1 - alpha), 9)))
+    return max(1, int(np.ceil(np.round((n + 1) * (1 - alpha), 9))))
 
 
 def p_values(scores: ArrayLike, calibration_scores: ArrayLike) -> np.ndarray:

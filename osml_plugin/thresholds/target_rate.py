@@ -20,5 +20,6 @@ class TargetRate(Threshold, name="target_rate"):
 
     def _tau(self, known: np.ndarray, unknown: np.ndarray) -> float:
         # Accepted are those with score <= τ, so τ lies just below the first score that may not be.
-        first_rejected = unknown[int(np.floor(self.unknown_accepted * len(unknown)))]
-        return just_below(first_rejected)
+        # Rounded first, since 0.29 · 100 is 28.999999999999996.
+        n_accepted = int(np.floor(np.round(self.unknown_accepted * len(unknown), 9)))
+        return just_below(unknown[min(n_accepted, len(unknown) - 1)])
