@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from .data import (
     ImageSurvey,
     Items,
     Split,
+    TrainingRoles,
     draw_split,
     inspect_images,
     open_items,
@@ -95,7 +96,7 @@ def train(
     items = open_items(data)
     split = _split(split, items, n_known, config.seed)
     items, survey = _readable(items, skip_bad, progress)
-    roles = training_roles(items, split, fractions=config.data.fractions, seed=config.seed)
+    roles = _roles(items, split, config)
     _check_choices(config, split, epochs(config, 0 if survey is None else 1))
     check_writable(out)
     device = checked_device(device)
@@ -329,6 +330,24 @@ def _split(split: str | Path | Split | None, items: Items, n_known: int | None, 
         split = Split.load(split)
     split.check(items.class_names())
     return split
+
+
+def _roles(items: Items, split: Split, config: Config) -> TrainingRoles:
+    """The data roles. Where they leave too few calibration items for the rate to be promised, and the user has not
+    said how to cut, calibration gets up to 40 % of the known items at the cost of training."""
+    fractions = config.data.fractions
+    roles = as_configured = training_roles(items, split, fractions=fractions, seed=config.seed)
+    threshold = _threshold(config)
+    if not isinstance(threshold, thresholds.Conformal) or "fractions" in config.data.model_fields_set:
+        return roles
+    for share in (0.2, 0.25, 0.3, 0.35, 0.4):
+        if thresholds.guarantee(len(roles.calibration), threshold.alpha).possible:
+            return roles
+        train_share = fractions.train + fractions.calibration - share
+        cut = replace(fractions, train=train_share, calibration=share)
+        roles = training_roles(items, split, fractions=cut, seed=config.seed)
+    possible = thresholds.guarantee(len(roles.calibration), threshold.alpha).possible
+    return roles if possible else as_configured
 
 
 def _readable(items: Items, skip_bad: bool, progress: bool) -> tuple[Items, ImageSurvey | None]:

@@ -137,6 +137,23 @@ def test_train_says_what_it_drew(osml, digits_folder, tmp_path):
     assert summary["n_items"]["train"] == 88 and summary["threshold"]["name"] == "conformal"
 
 
+def test_few_images_are_cut_so_that_the_rate_can_be_promised(osml, digits_folder, tmp_path):
+    for label in range(4):
+        place = tmp_path / "data" / str(label)
+        place.mkdir(parents=True)
+        for path in sorted((digits_folder / str(label)).iterdir())[:30]:
+            shutil.copy(path, place)
+    quick = ["--set", "training.epochs=1", "--n-known", 3, "--json"]
+    status, out, err = osml("train", "--data", tmp_path / "data", "--out", tmp_path / "b", *quick)
+    summary = json.loads(out)
+    assert status == 0 and summary["n_items"]["calibration"] >= 19 and summary["threshold"]["tau"] is not None
+    assert "warning" not in err
+    # With less than that, it says that nothing is rejected.
+    status, out, err = osml("train", "--data", tmp_path / "data", "--out", tmp_path / "c", *quick, "--alpha", 0.01)
+    assert status == 0 and "osml: warning: nothing is rejected: at 1.0% at least 99" in err
+    assert json.loads(out)["n_items"]["calibration"] < 19 and json.loads(out)["threshold"]["tau"] is None
+
+
 def test_predict(osml, workplace, digits_folder):
     paths = sorted((digits_folder / "1").iterdir())[:3] + sorted((digits_folder / "8").iterdir())[:3]
     status, out, _ = osml("predict", workplace / "bundle", *paths, "--json")
