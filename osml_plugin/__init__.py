@@ -23,7 +23,7 @@ _HOME = {
     "evaluate": ".commands",
     "forget": ".commands",
     "predict": ".commands",
-    "train": ".commands",
+    "train": ".pipeline",
 }
 __all__ = ["UNKNOWN", "__version__", *_HOME]
 

@@ -76,9 +76,9 @@ def train(
 
     Example: osml train --data photos --n-known 6 --seed 1 --set loss=CosFaceLoss --set training.epochs=20 --out bundle
     """
-    from . import commands
+    from .pipeline import train as run
 
-    result = commands.train(
+    result = run(
         data,
         out,
         split=split,

@@ -1,172 +1,26 @@
-"""What the command line does, as plain typed functions: paths in, results out, nothing printed but progress."""
+"""What the commands do with a bundle, as plain typed functions: paths in, results out, nothing printed but progress.
+
+The one that makes the bundle, `train`, is in `pipeline.py`.
+"""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from . import UNKNOWN, detectors, pml, thresholds
-from .bundle import MANIFEST, bundle_lock, check_writable, load_bundle, save_bundle
-from .config import Config, load_config
-from .data import (
-    ImageSurvey,
-    Items,
-    Split,
-    TrainingRoles,
-    draw_split,
-    inspect_images,
-    open_items,
-    test_indices,
-    training_roles,
-    write_embeddings,
-)
+from . import UNKNOWN
+from .bundle import bundle_lock, load_bundle, save_bundle
+from .data import Items, Split, open_items, readable_items, test_indices, write_embeddings
 from .discovery import Discovery
-from .embedding import OUTPUTS, EmbeddingModel
 from .errors import OsmlError
 from .evaluation import Evaluation, evaluate_embeddings
 from .metrics import DiscoveryMetrics, discovery_metrics
-from .pml import class_weights
 from .recognizer import OpenSetRecognizer, Recognition
-from .selection import DEFAULT, Cached, Candidate, has_unknown, select
-from .selection import candidates as detector_candidates
-from .training import build_model, checked_device, epochs, seed_everything, train_model
-from .training_data import TrainingData
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a training run made."""
-
-    recognizer: OpenSetRecognizer
-    bundle: Path
-    split: Split
-    n_items: dict[str, int]
-    """Items of each data role."""
-    candidates: list[Candidate]
-    """Detectors tried on validation, best first; empty where there was nothing to choose by."""
-    history: list[dict[str, float]]
-    """Validation metrics of each epoch."""
-    skipped: list[tuple[Path, str]]
-    """Images that cannot be read, with the reason."""
-
-
-def train(
-    data: str | Path,
-    out: str | Path,
-    *,
-    split: str | Path | Split | None = None,
-    n_known: int | None = None,
-    seed: int | None = None,
-    config: str | Path | Config | None = None,
-    overrides: Iterable[str] = (),
-    alpha: float | None = None,
-    skip_bad: bool = False,
-    overwrite: bool = False,
-    device: str | None = None,
-    progress: bool = True,
-) -> TrainResult:
-    """Train on known classes, choose detector and threshold on validation, and write a bundle.
-
-    Args:
-        data: a folder of images by class, a manifest, or an embeddings file; see `osml_plugin.data.open_items`.
-        out: the bundle's folder.
-        split: which classes are known, pseudo-unknown and unknown; None = drawn by `n_known` and `seed`.
-        config: a YAML file or a `Config`; `overrides` (`loss.margin=20`), `seed` and `alpha` win over it.
-        skip_bad: leave out images that cannot be read instead of stopping.
-
-    Raises:
-        OsmlError: for bad input, before anything is trained or written.
-    """
-    out = Path(out)
-    if out.exists() and not (overwrite and (out / MANIFEST).is_file()):
-        raise OsmlError(
-            f"'{out}' exists: "
-            + ("pass --overwrite to replace the bundle" if (out / MANIFEST).is_file() else "choose another --out")
-        )
-    config = _config(config, overrides, seed, alpha)
-    items = open_items(data)
-    split = _split(split, items, n_known, config.seed)
-    items, survey = _readable(items, skip_bad, progress)
-    roles = _roles(items, split, config)
-    _check_choices(config, split, epochs(config, 0 if survey is None else 1))
-    check_writable(out)
-    device = checked_device(device)
-    seed_everything(config.seed)
-
-    run = TrainingData(items, split, roles, survey, config)
-    model = build_model(config, channels=run.channels, size=run.size)
-    hook = None
-    n_epochs = epochs(config, run.channels)
-    weights = None
-    if n_epochs:
-        dataset, trained = run.training_set(model, device, progress)
-        if has_unknown(run.labels["validation"]):
-            hook = run.hook(model, trained, device)
-        loss = train_model(
-            trained,
-            dataset,
-            run.labels["train"].tolist(),
-            config,
-            n_epochs=n_epochs,
-            workers=run.workers,
-            device=device,
-            end_of_epoch_hook=hook,
-            progress=progress,
-        )
-        if hook is not None:
-            hook.restore_best(trained)
-        weights = class_weights(loss)
-        weights = None if weights is None else weights.detach().float().cpu()
-    cached = _cached(config, run, model, weights, device, progress)
-    candidates = []
-    if has_unknown(run.labels["validation"]):
-        outputs = {o: Cached(e["train"], e["validation"], w) for o, (e, w) in cached.items()}
-        tried = _tried(config)
-        candidates = select(
-            outputs, run.labels["train"], run.labels["validation"], tried, seed=config.seed, progress=progress
-        )
-    model.output = candidates[0].output if candidates else next(iter(cached))
-    embedded, weights = cached[model.output]
-    recognizer = OpenSetRecognizer(
-        detector=_chosen_detector(config, candidates),
-        threshold=_threshold(config),
-        alpha=config.alpha,
-        model=model.cpu(),
-        preprocessing=run.preprocessing,
-    )
-    recognizer.details = {
-        "config": config.model_dump(mode="json"),
-        "input": {"channels": run.channels, "size": run.size},
-        "output": model.output,
-        "split": split.to_dict(),
-        "seen": sorted(items.fingerprints()[run.used].tolist()),
-        "provenance": {
-            "data": items.fingerprint(),
-            "n_items": run.n_items,
-            "versions": {p: version(p) for p in ("osml-plugin", "torch", "torchvision", "pytorch-metric-learning")},
-        },
-        "validation": asdict(candidates[0]) if candidates else None,
-    }
-    recognizer.fit(
-        embedded["train"],
-        run.names["train"],
-        calibration=(embedded["calibration"], run.names["calibration"]),
-        validation=(embedded["validation"], run.names["validation"]) if "validation" in embedded else None,
-        class_weights=weights,
-    )
-    save_bundle(recognizer, out)
-    return TrainResult(
-        recognizer, out, split, run.n_items, candidates, hook.history if hook else [], survey.bad if survey else []
-    )
 
 
 def evaluate(
@@ -220,7 +74,7 @@ def predict(
 ) -> tuple[Recognition, Items]:
     """Recognise images, folders of images, or embeddings files; the items come with the answer, in order."""
     recognizer = _recognizer(model, factories)
-    items, _ = _readable(_collect(paths), skip_bad, progress)
+    items, _ = readable_items(_collect(paths), skip_bad, progress)
     bar = "recognising" if progress else None
     return recognizer.predict(_inputs(items), neighbours=neighbours, progress=bar), items
 
@@ -290,7 +144,7 @@ def enroll(
     progress: bool = True,
 ) -> OpenSetRecognizer:
     """Teach a bundle a class, or more of one, from images, folders or an embeddings file; it is changed in place."""
-    items, _ = _readable(_collect(paths), skip_bad, progress)
+    items, _ = readable_items(_collect(paths), skip_bad, progress)
     with bundle_lock(model):
         recognizer = load_bundle(model, factories=factories)
         recognizer.enroll(name, _inputs(items))
@@ -309,62 +163,11 @@ def forget(model: str | Path, name: str, *, factories: Sequence[str] = ()) -> Op
     return recognizer
 
 
-def _config(
-    config: str | Path | Config | None, overrides: Iterable[str], seed: int | None, alpha: float | None
-) -> Config:
-    given = {k: v for k, v in (("seed", seed), ("alpha", alpha)) if v is not None}
-    overrides = [*overrides, *(f"{k}={v}" for k, v in given.items())]
-    if isinstance(config, Config):
-        if overrides:
-            raise OsmlError("give either a Config or overrides, not both: make the Config with them")
-        return config
-    return load_config(config, overrides)
-
-
-def _split(split: str | Path | Split | None, items: Items, n_known: int | None, seed: int) -> Split:
-    if split is not None and n_known is not None:
-        raise OsmlError("give either --split, which names the known classes, or --n-known, which draws them")
-    if split is None:
-        split = draw_split(items.class_names(), n_known=n_known, seed=seed)
-    elif not isinstance(split, Split):
-        split = Split.load(split)
-    split.check(items.class_names())
-    return split
-
-
-def _roles(items: Items, split: Split, config: Config) -> TrainingRoles:
-    """The data roles. Where they leave too few calibration items for the rate to be promised, and the user has not
-    said how to cut, calibration gets up to 40 % of the known items at the cost of training."""
-    fractions = config.data.fractions
-    roles = as_configured = training_roles(items, split, fractions=fractions, seed=config.seed)
-    threshold = _threshold(config)
-    if not isinstance(threshold, thresholds.Conformal) or "fractions" in config.data.model_fields_set:
-        return roles
-    for share in (0.2, 0.25, 0.3, 0.35, 0.4):
-        if thresholds.guarantee(len(roles.calibration), threshold.alpha).possible:
-            return roles
-        train_share = fractions.train + fractions.calibration - share
-        cut = replace(fractions, train=train_share, calibration=share)
-        roles = training_roles(items, split, fractions=cut, seed=config.seed)
-    possible = thresholds.guarantee(len(roles.calibration), threshold.alpha).possible
-    return roles if possible else as_configured
-
-
-def _readable(items: Items, skip_bad: bool, progress: bool) -> tuple[Items, ImageSurvey | None]:
-    """The items whose images can be read; OsmlError where some cannot and they may not be skipped."""
-    if items.embeddings is not None:
-        return items, None
-    survey = inspect_images(items.paths, skip_bad=skip_bad, progress=progress)
-    for path, reason in survey.bad:
-        logger.warning("skipped '%s': %s", path, reason)
-    return (items if len(survey.good) == len(items) else items.select(survey.good)), survey
-
-
 def _embedded(
     recognizer: OpenSetRecognizer, items: Items, skip_bad: bool, progress: bool
 ) -> tuple[Items, torch.Tensor]:
     """The readable items and their embeddings."""
-    items, _ = _readable(items, skip_bad, progress)
+    items, _ = readable_items(items, skip_bad, progress)
     return items, recognizer.embed(_inputs(items), progress="embedding" if progress else None)
 
 
@@ -386,76 +189,3 @@ def _inputs(items: Items) -> Any:
 
 def _recognizer(model: str | Path | OpenSetRecognizer, factories: Sequence[str]) -> OpenSetRecognizer:
     return model if isinstance(model, OpenSetRecognizer) else load_bundle(model, factories=factories)
-
-
-def _cached(
-    config: Config,
-    run: TrainingData,
-    model: EmbeddingModel,
-    weights: torch.Tensor | None,
-    device: str | None,
-    progress: bool,
-) -> dict[str, tuple[dict[str, torch.Tensor], torch.Tensor | None]]:
-    """By output of the model: the embeddings of each role, and the class weights that go with them."""
-    outputs = OUTPUTS if config.model.output == "auto" else (config.model.output,)
-    if config.detector.name != "auto" and detectors.registry.get(config.detector.name).needs_class_weights:
-        outputs = ("embedder",)  # where the proxies are
-    if isinstance(model.embedder, torch.nn.Identity):
-        outputs = ("embedder",)  # the same as the trunk's
-    features = run.features(model, device, progress)
-    model.cpu()
-    found = {}
-    for model.output in outputs:
-        with torch.inference_mode():
-            embedded = {role: model.embed_features(f).clone() for role, f in features.items()}
-        # The proxies live where the loss saw the embeddings.
-        found[model.output] = (embedded, weights if model.output == "embedder" else None)
-    return found
-
-
-def _tried(config: Config) -> list[tuple[str, dict[str, Any]]]:
-    """The detectors to choose among, each with its parameters."""
-    if config.detector.name == "auto":
-        return detector_candidates()
-    if config.detector.args:
-        return [(config.detector.name, config.detector.args)]
-    return detector_candidates([config.detector.name])
-
-
-def _chosen_detector(config: Config, candidates: list[Candidate]) -> detectors.Detector:
-    if candidates:
-        return detectors.create(candidates[0].detector, **candidates[0].params)
-    if config.detector.name == "auto":
-        return detectors.create(DEFAULT)
-    return detectors.create(config.detector.name, **config.detector.args)
-
-
-def _threshold(config: Config) -> thresholds.Threshold:
-    """The configured threshold; rules on the known side keep `alpha` unless told their own rate."""
-    name, args = config.threshold.name, config.threshold.args
-    own = {"conformal": {"alpha": config.alpha}, "quantile": {"accepted": 1 - config.alpha}}.get(name, {})
-    if own and args and "alpha" in config.model_fields_set:
-        raise OsmlError(f"alpha and threshold.{next(iter(args))} say the same thing twice: give one of them")
-    return thresholds.create(name, **own | args)
-
-
-def _check_choices(config: Config, split: Split, n_epochs: int) -> None:
-    """What cannot work together is refused before anything is trained."""
-    threshold = _threshold(config)
-    if threshold.needs_unknown and not split.pseudo_unknown:
-        raise OsmlError(
-            f"threshold '{threshold.name}' is chosen on pseudo-unknown classes, and the split has none: name some, or "
-            "use the threshold 'conformal'"
-        )
-    if config.training.patience is not None and not split.pseudo_unknown:
-        raise OsmlError(
-            "training.patience watches pseudo-unknown classes, and the split has none: name some, or drop it"
-        )
-    name = config.detector.name
-    if name != "auto" and detectors.registry.get(name).needs_class_weights:
-        proxies = n_epochs and "num_classes" in pml.arguments("loss", config.loss.name)
-        if not proxies or config.model.output == "trunk":
-            raise OsmlError(
-                f"detector '{name}' needs class weights, which come from training with a classification loss such as "
-                "ArcFaceLoss and live at the embedder's output: change detector, loss, or model.output"
-            )

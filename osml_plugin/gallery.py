@@ -105,6 +105,26 @@ class Gallery:
             [Neighbor(n, d) for n, d in zip(*row, strict=True)] for row in zip(names, distances.tolist(), strict=True)
         ]
 
+    def folds(self, n: int) -> Tensor:
+        """The part `(R,)` in 0..n-1 of each enrolled example; −1 for references that stay in all of them.
+
+        Each class is dealt out in turn, copies of one example together, so that whatever part is taken out, examples of
+        its classes remain, and none of them is a copy of one that is scored.
+        """
+        fold = torch.full((len(self),), -1)
+        for label in self.labels[self.enrolled].unique():
+            of_class = (self.labels == label).nonzero()[:, 0]
+            copy = self.embeddings[of_class].unique(dim=0, return_inverse=True)[1]
+            # Numbered as they come, not as they sort: neighbours in a sorted order are alike.
+            first = torch.full((int(copy.max()) + 1,), len(copy)).scatter_reduce(
+                0, copy, torch.arange(len(copy)), "amin"
+            )
+            distinct = first.argsort().argsort()[copy]
+            if len(first) > 1:
+                enrolled = self.enrolled[of_class]
+                fold[of_class[enrolled]] = distinct[enrolled] % min(n, len(first))
+        return fold
+
     @cached_property
     def _index(self) -> NeighborIndex:
         return NeighborIndex(self.embeddings)

@@ -367,7 +367,7 @@ class OpenSetRecognizer:
         gallery = self.gallery
         kept = torch.from_numpy(np.isin(self.calibration.names, self.class_names))
         calibration = self.detector.score(self.calibration.embeddings[kept])
-        fold, enrolled = _folds(gallery), [calibration[:0]]
+        fold, enrolled = gallery.folds(FOLDS), [calibration[:0]]
         for f in range(int(fold.max()) + 1):
             rest = replace(gallery, embeddings=gallery.embeddings[fold != f], labels=gallery.labels[fold != f])
             enrolled.append(self._fitted_detector(rest).score(gallery.embeddings[fold == f]))
@@ -382,26 +382,6 @@ class OpenSetRecognizer:
             both = np.concatenate([self.calibration_scores, self.enrolled_scores])
             p = np.maximum(p, thresholds.p_values(scores, both))
         return p
-
-
-def _folds(gallery: Gallery) -> Tensor:
-    """The part `(R,)` in 0..FOLDS-1 of each enrolled example; −1 for references that stay in all of them.
-
-    Each class is dealt out in turn, copies of one example together, so that whatever part is taken out, examples of
-    its classes remain, and none of them is a copy of one that is scored.
-    """
-    fold = torch.full((len(gallery),), -1)
-    for label in gallery.labels[gallery.enrolled].unique():
-        of_class = (gallery.labels == label).nonzero()[:, 0]
-        copy = gallery.embeddings[of_class].unique(dim=0, return_inverse=True)[1]
-        # Numbered as they come, not as they sort: neighbours in a sorted order are alike.
-        first = torch.full((int(copy.max()) + 1,), len(copy)).scatter_reduce(0, copy, torch.arange(len(copy)), "amin")
-        distinct = first.argsort().argsort()[copy]
-        n = len(first)
-        if n > 1:
-            enrolled = gallery.enrolled[of_class]
-            fold[of_class[enrolled]] = distinct[enrolled] % min(FOLDS, n)
-    return fold
 
 
 def _class_ids(labels: Sequence | ArrayLike) -> dict[str, int]:

@@ -9,7 +9,7 @@ from conftest import sphere_classes
 from torch.nn.functional import normalize
 
 from osml_plugin import UNKNOWN, OpenSetRecognizer, OsmlError, detectors, thresholds
-from osml_plugin.recognizer import FOLDS, _folds
+from osml_plugin.recognizer import FOLDS
 
 ALL = detectors.names()
 
@@ -122,7 +122,7 @@ def test_folds_leave_something_of_every_class(data):
     recognizer = fitted(data)
     for n in (1, 2, 3, 7):
         recognizer.enroll(f"class of {n}", data[0][-n:])
-    fold = _folds(recognizer.gallery)
+    fold = recognizer.gallery.folds(FOLDS)
     for f in range(FOLDS):
         assert set(recognizer.gallery.labels[fold != f].tolist()) == set(recognizer.gallery.classes)
 

@@ -8,6 +8,7 @@ from .images import (
     load_images,
     normalisation,
     read_image,
+    readable_items,
     to_float,
 )
 from .items import ROLES, Items
@@ -29,6 +30,7 @@ __all__ = [
     "normalisation",
     "open_items",
     "read_image",
+    "readable_items",
     "test_indices",
     "to_float",
     "training_roles",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,10 @@ from torchvision.transforms import v2
 from .. import UNKNOWN
 from ..errors import OsmlError, unknown_name
 from ..registry import check_arguments
+from .items import Items
 from .threads import in_threads
+
+logger = logging.getLogger(__name__)
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SMALL, LARGE = 64, 224  # up to SMALL pixels images keep their size, above it they are brought to LARGE
@@ -125,6 +129,19 @@ def inspect_images(paths: Sequence[Path], *, skip_bad: bool = False, progress: b
         raise OsmlError("there are no images; expected at least one")
     sides, grey = zip(*(found[i] for i in good), strict=True)
     return ImageSurvey(good, bad, np.array(sides), np.array(grey))
+
+
+def readable_items(items: Items, skip_bad: bool, progress: bool) -> tuple[Items, ImageSurvey | None]:
+    """The items whose images can be read, and their survey (None for embeddings); each one skipped is logged.
+
+    Raises `OsmlError` where some cannot be read and they may not be skipped.
+    """
+    if items.embeddings is not None:
+        return items, None
+    survey = inspect_images(items.paths, skip_bad=skip_bad, progress=progress)
+    for path, reason in survey.bad:
+        logger.warning("skipped '%s': %s", path, reason)
+    return (items if len(survey.good) == len(items) else items.select(survey.good)), survey
 
 
 def _inspect(path: Path) -> tuple[int, bool] | str:
