@@ -173,7 +173,7 @@ class OpenSetRecognizer:
     def keep_rate(self, alpha: float) -> OpenSetRecognizer:
         """Fit a conformal threshold at another share of known items that may be rejected."""
         self.threshold, self.alpha = thresholds.create("conformal", alpha=alpha), alpha
-        self.threshold.fit(self.calibration_scores)
+        self.refit()
         return self
 
     def refit(self) -> None:

@@ -310,3 +310,9 @@ def test_fit_again_forgets_the_proxies(data):
         recognizer.fit(embeddings, labels)
     with pytest.raises(OsmlError, match=r"class weights must be of shape \(6, 16\)"):
         recognizer.fit(embeddings, labels, class_weights=directions[:5])
+
+
+def test_another_rate_is_that_of_a_recognizer_fitted_with_it(data):
+    examples = data[0][-30:]
+    changed = fitted(data).enroll("new", examples).keep_rate(0.2)
+    assert changed.threshold.tau == fitted(data, alpha=0.2).enroll("new", examples).threshold.tau
