@@ -6,6 +6,7 @@ The one that makes the bundle, `train`, is in `pipeline.py`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def evaluate(
     """
     recognizer = _recognizer(model, factories)
     if alpha is not None:
-        recognizer.keep_rate(alpha)
+        recognizer = copy(recognizer).keep_rate(alpha)  # whoever passed one keeps it as it was
     items = open_items(data)
     known = recognizer.class_names
     stored = Split.from_dict(recognizer.details["split"]) if "split" in recognizer.details else Split(tuple(known))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .data.images import read_image, to_float
+from .data.images import convert_image, read_image, to_float
 from .errors import OsmlError
 
 
@@ -50,9 +49,6 @@ class _Inputs(Dataset):
         return len(self.images)
 
     def __getitem__(self, i: int) -> Tensor:
-        image = self.images[i]
-        if isinstance(image, np.ndarray):
-            image = Image.fromarray(image)
-        elif isinstance(image, str):
-            image = Path(image)
-        return self.transform(read_image(image, self.preprocessing.channels, self.preprocessing.size))
+        image, form = self.images[i], (self.preprocessing.channels, self.preprocessing.size)
+        in_memory = isinstance(image, np.ndarray | Image.Image)
+        return self.transform(convert_image(image, *form) if in_memory else read_image(image, *form))

@@ -157,7 +157,8 @@ class OpenSetRecognizer:
     def enroll(self, name: str, examples: Sequence | ArrayLike) -> OpenSetRecognizer:
         """Learn a class, or more of one, from images or embeddings `(M, D)`; no training.
 
-        The threshold is fitted again with the new class's examples, so that the chosen rate holds with it.
+        The threshold is fitted again with the new class's examples: the classes of the training keep their rate, and
+        the new one as well as its examples show how far it reaches.
         """
         embeddings = self.embed(examples)
         if len(embeddings) == 0:

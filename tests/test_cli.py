@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from PIL import Image
 
-from osml_plugin import OpenSetRecognizer, cli
+from osml_plugin import OpenSetRecognizer, OsmlError, cli
 from osml_plugin.cli import main
 from osml_plugin.data import open_items, write_embeddings
 
@@ -165,6 +167,22 @@ def test_predict(osml, workplace, digits_folder):
         assert 0 < r["p_value"] <= 1 and len(r["neighbours"]) == 3 and r["nearest"] in SPLIT["known"]
     status, out, _ = osml("predict", workplace / "bundle", digits_folder / "8")
     assert status == 0 and len(out.splitlines()) == 40 and "unknown (nearest:" in out
+
+
+def test_images_in_memory_are_recognised_as_their_files_are(workplace, digits_folder):
+    recognizer = OpenSetRecognizer.load(workplace / "bundle")
+    paths = sorted((digits_folder / "1").iterdir())[:4]
+    expected = recognizer.predict(paths).scores
+    pixels = [np.asarray(Image.open(path)) for path in paths]
+    with open(paths[0], "rb") as file:
+        np.testing.assert_allclose(recognizer.predict([file]).scores, expected[:1], rtol=1e-4)
+    tensor = torch.from_numpy(np.stack(pixels))[:, None]
+    forms = [[str(p) for p in paths], [Image.open(p) for p in paths], pixels, np.stack(pixels), tensor]
+    forms += [[np.stack([p] * 3, axis=2) for p in pixels], [p[:, :, None] for p in pixels]]
+    for images in forms:
+        np.testing.assert_allclose(recognizer.predict(images).scores, expected, rtol=1e-4)
+    with pytest.raises(OsmlError, match="its pixels are float64; expected uint8"):
+        recognizer.predict([pixels[0] / 255])
 
 
 def test_discover_enroll_evaluate_forget(osml, bundle, digits_folder):

@@ -47,13 +47,30 @@ def read_image(path_or_file: str | Path | BinaryIO, channels: int, size: int | N
             if size is not None:
                 # JPEG decodes at 1/2, 1/4 or 1/8 for far less time; twice the size leaves the rest to `fit`.
                 image.draft(mode, (2 * size, 2 * size))
-            image = _upright(image, mode)
-            if size is not None and image.size != (size, size):
-                image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
-            pixels = np.array(image)
+            return _pixels(image, channels, size)
     except Exception as error:  # Pillow's decoders raise whatever they stumble on
         name = getattr(path_or_file, "name", None) or (path_or_file if isinstance(path_or_file, str | Path) else "")
         raise OsmlError(f"cannot read the image '{name}': {_reason(error)}") from error
+
+
+def convert_image(image: Image.Image | np.ndarray, channels: int, size: int | None) -> torch.Tensor:
+    """The same of an image in memory, which is left as it is: PIL, or uint8 pixels `(H, W)` or `(H, W, C)`."""
+    try:
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8:
+                raise ValueError(f"its pixels are {image.dtype}; expected uint8")
+            image = Image.fromarray(image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image)
+        _check(image)
+        return _pixels(image, channels, size)
+    except Exception as error:  # as above
+        raise OsmlError(f"cannot take the image: {_reason(error)}") from error
+
+
+def _pixels(image: Image.Image, channels: int, size: int | None) -> torch.Tensor:
+    image = _upright(image, "L" if channels == 1 else "RGB")
+    if size is not None and image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    pixels = np.array(image)
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1).contiguous()
 
 
