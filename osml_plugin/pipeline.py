@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from . import detectors, pml, thresholds
 from .bundle import MANIFEST, check_writable, save_bundle
 from .config import Config, load_config
 from .data import Items, Split, TrainingRoles, draw_split, open_items, readable_items, training_roles
-from .embedding import OUTPUTS, EmbeddingModel
 from .errors import OsmlError
-from .pml import class_weights
 from .recognizer import OpenSetRecognizer
 from .selection import DEFAULT, Cached, Candidate, has_unknown, select
 from .selection import candidates as detector_candidates
-from .training import build_model, checked_device, epochs, seed_everything, train_model
+from .training import epochs
 from .training_data import TrainingData
+from .training_run import TrainingRun
 
 
 @dataclass(frozen=True)
@@ -76,79 +73,88 @@ def train(
         )
     config = _config(config, overrides, seed, alpha)
     items = open_items(data)
-    split = _split(split, items, n_known, config.seed)
+    split = split_of(split, items, n_known, config.seed)
     items, survey = readable_items(items, skip_bad, progress)
-    roles = _roles(items, split, config)
-    _check_choices(config, split, epochs(config, 0 if survey is None else 1))
+    roles = roles_of(items, split, config)
+    check_choices(config, split, epochs(config, 0 if survey is None else 1))
     check_writable(out)
-    device = checked_device(device)
-    seed_everything(config.seed)
 
-    run = TrainingData(items, split, roles, survey, config)
-    model = build_model(config, channels=run.channels, size=run.size)
-    hook = None
-    n_epochs = epochs(config, run.channels)
-    weights = None
-    if n_epochs:
-        dataset, trained = run.training_set(model, device, progress)
-        if has_unknown(run.labels["validation"]):
-            hook = run.hook(model, trained, device)
-        loss = train_model(
-            trained,
-            dataset,
-            run.labels["train"].tolist(),
-            config,
-            n_epochs=n_epochs,
-            workers=run.workers,
-            device=device,
-            end_of_epoch_hook=hook,
-            progress=progress,
-        )
+    run = TrainingRun(TrainingData(items, split, roles, survey, config), config, device=device, progress=progress)
+    data, hook = run.data, None
+    if run.trainer:
+        if has_unknown(data.labels["validation"]):
+            hook = run.trainer.end_of_epoch_hook = data.hook(run.model, run.trained, run.device)
+        run.trainer.train(num_epochs=run.n_epochs)
         if hook is not None:
-            hook.restore_best(trained)
-        weights = class_weights(loss)
-        weights = None if weights is None else weights.detach().float().cpu()
-    cached = _cached(config, run, model, weights, device, progress)
-    candidates = []
-    if has_unknown(run.labels["validation"]):
-        outputs = {o: Cached(e["train"], e["validation"], w) for o, (e, w) in cached.items()}
-        tried = _tried(config)
-        candidates = select(
-            outputs, run.labels["train"], run.labels["validation"], tried, seed=config.seed, progress=progress
-        )
-    model.output = candidates[0].output if candidates else next(iter(cached))
-    embedded, weights = cached[model.output]
-    recognizer = OpenSetRecognizer(
-        detector=_chosen_detector(config, candidates),
-        threshold=_threshold(config),
-        alpha=config.alpha,
-        model=model.cpu(),
-        preprocessing=run.preprocessing,
-    )
-    recognizer.details = {
-        "config": config.model_dump(mode="json"),
-        "input": {"channels": run.channels, "size": run.size},
-        "output": model.output,
-        "split": split.to_dict(),
-        "seen": sorted(items.fingerprints()[run.used].tolist()),
-        "provenance": {
-            "data": items.fingerprint(),
-            "n_items": run.n_items,
-            "versions": {p: version(p) for p in ("osml-plugin", "torch", "torchvision", "pytorch-metric-learning")},
-        },
-        "validation": asdict(candidates[0]) if candidates else None,
-    }
-    recognizer.fit(
-        embedded["train"],
-        run.names["train"],
-        calibration=(embedded["calibration"], run.names["calibration"]),
-        validation=(embedded["validation"], run.names["validation"]) if "validation" in embedded else None,
-        class_weights=weights,
-    )
+            hook.restore_best(run.trained)
+    cached = run.embed()
+    candidates = choose(config, data, cached, progress)
+    recognizer = assemble(run, cached, candidates, split=split, items=items, data_fingerprint=items.fingerprint())
     save_bundle(recognizer, out)
     return TrainResult(
-        recognizer, out, split, run.n_items, candidates, hook.history if hook else [], survey.bad if survey else []
+        recognizer, out, split, data.n_items, candidates, hook.history if hook else [], survey.bad if survey else []
     )
+
+
+def choose(config: Config, data: TrainingData, cached: Mapping[str, Cached], progress: bool = True) -> list[Candidate]:
+    """The detectors that the configuration leaves to choose among, best first; empty where nothing can choose."""
+    if not has_unknown(data.labels["validation"]):
+        return []
+    labels = data.labels["train"], data.labels["validation"]
+    return select(cached, *labels, tried(config), seed=config.seed, progress=progress)
+
+
+def assemble(
+    run: TrainingRun,
+    cached: Mapping[str, Cached],
+    candidates: Sequence[Candidate],
+    *,
+    split: Split,
+    items: Items,
+    data_fingerprint: str,
+) -> OpenSetRecognizer:
+    """The recognizer of a trained run: gallery, the best candidate's detector, a threshold fitted on calibration.
+
+    Args:
+        cached: the run's embeddings, as `TrainingRun.embed` gives them.
+        items: those that the indices of `run.data` mean.
+        data_fingerprint: of the whole source.
+    """
+    config, data = run.config, run.data
+    best = candidates[0] if candidates else None
+    run.model.output = best.output if best else next(iter(cached))
+    embedded, weights = cached[run.model.output].embeddings, cached[run.model.output].class_weights
+    recognizer = OpenSetRecognizer(
+        detector=detectors.create(best.detector, **best.params) if best else _default_detector(config),
+        threshold=threshold_of(config),
+        alpha=config.alpha,
+        model=run.model.cpu().eval(),
+        preprocessing=data.preprocessing,
+    )
+    fingerprints = items.fingerprints()
+    recognizer.details = {
+        "config": config.model_dump(mode="json"),
+        "input": {"channels": data.channels, "size": data.size},
+        "output": run.model.output,
+        "split": split.to_dict(),
+        "seen": sorted(fingerprints[data.used].tolist()),
+        "validation_items": sorted(fingerprints[data.indices["validation"]].tolist()),
+        "provenance": {
+            "data": data_fingerprint,
+            "n_items": data.n_items,
+            "versions": {p: version(p) for p in ("osml-plugin", "torch", "torchvision", "pytorch-metric-learning")},
+        },
+        "validation": asdict(best) if best else None,
+    }
+    names = data.names
+    recognizer.fit(
+        embedded["train"],
+        names["train"],
+        calibration=(embedded["calibration"], names["calibration"]),
+        validation=(embedded["validation"], names["validation"]) if "validation" in embedded else None,
+        class_weights=weights,
+    )
+    return recognizer
 
 
 def _config(
@@ -163,7 +169,7 @@ def _config(
     return load_config(config, overrides)
 
 
-def _split(split: str | Path | Split | None, items: Items, n_known: int | None, seed: int) -> Split:
+def split_of(split: str | Path | Split | None, items: Items, n_known: int | None, seed: int) -> Split:
     if split is not None and n_known is not None:
         raise OsmlError("give either --split, which names the known classes, or --n-known, which draws them")
     if split is None:
@@ -174,12 +180,12 @@ def _split(split: str | Path | Split | None, items: Items, n_known: int | None, 
     return split
 
 
-def _roles(items: Items, split: Split, config: Config) -> TrainingRoles:
+def roles_of(items: Items, split: Split, config: Config) -> TrainingRoles:
     """The data roles. Where they leave too few calibration items for the rate to be promised, and the user has not
     said how to cut, calibration gets up to 40 % of the known items at the cost of training."""
     fractions = config.data.fractions
     roles = as_configured = training_roles(items, split, fractions=fractions, seed=config.seed)
-    threshold = _threshold(config)
+    threshold = threshold_of(config)
     if not isinstance(threshold, thresholds.Conformal) or "fractions" in config.data.model_fields_set:
         return roles
     for share in (0.2, 0.25, 0.3, 0.35, 0.4):
@@ -192,32 +198,7 @@ def _roles(items: Items, split: Split, config: Config) -> TrainingRoles:
     return roles if possible else as_configured
 
 
-def _cached(
-    config: Config,
-    run: TrainingData,
-    model: EmbeddingModel,
-    weights: torch.Tensor | None,
-    device: str | None,
-    progress: bool,
-) -> dict[str, tuple[dict[str, torch.Tensor], torch.Tensor | None]]:
-    """By output of the model: the embeddings of each role, and the class weights that go with them."""
-    outputs = OUTPUTS if config.model.output == "auto" else (config.model.output,)
-    if config.detector.name != "auto" and detectors.registry.get(config.detector.name).needs_class_weights:
-        outputs = ("embedder",)  # where the proxies are
-    if isinstance(model.embedder, torch.nn.Identity):
-        outputs = ("embedder",)  # the same as the trunk's
-    features = run.features(model, device, progress)
-    model.cpu()
-    found = {}
-    for model.output in outputs:
-        with torch.inference_mode():
-            embedded = {role: model.embed_features(f).clone() for role, f in features.items()}
-        # The proxies live where the loss saw the embeddings.
-        found[model.output] = (embedded, weights if model.output == "embedder" else None)
-    return found
-
-
-def _tried(config: Config) -> list[tuple[str, dict[str, Any]]]:
+def tried(config: Config) -> list[tuple[str, dict[str, Any]]]:
     """The detectors to choose among, each with its parameters."""
     if config.detector.name == "auto":
         return detector_candidates()
@@ -226,15 +207,13 @@ def _tried(config: Config) -> list[tuple[str, dict[str, Any]]]:
     return detector_candidates([config.detector.name])
 
 
-def _chosen_detector(config: Config, candidates: list[Candidate]) -> detectors.Detector:
-    if candidates:
-        return detectors.create(candidates[0].detector, **candidates[0].params)
+def _default_detector(config: Config) -> detectors.Detector:
     if config.detector.name == "auto":
         return detectors.create(DEFAULT)
     return detectors.create(config.detector.name, **config.detector.args)
 
 
-def _threshold(config: Config) -> thresholds.Threshold:
+def threshold_of(config: Config) -> thresholds.Threshold:
     """The configured threshold; rules on the known side keep `alpha` unless told their own rate."""
     name, args = config.threshold.name, config.threshold.args
     own = {"conformal": {"alpha": config.alpha}, "quantile": {"accepted": 1 - config.alpha}}.get(name, {})
@@ -243,9 +222,9 @@ def _threshold(config: Config) -> thresholds.Threshold:
     return thresholds.create(name, **own | args)
 
 
-def _check_choices(config: Config, split: Split, n_epochs: int) -> None:
+def check_choices(config: Config, split: Split, n_epochs: int) -> None:
     """What cannot work together is refused before anything is trained."""
-    threshold = _threshold(config)
+    threshold = threshold_of(config)
     if threshold.needs_unknown and not split.pseudo_unknown:
         raise OsmlError(
             f"threshold '{threshold.name}' is chosen on pseudo-unknown classes, and the split has none: name some, or "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -38,14 +38,24 @@ class Cached:
     """The embeddings of one output of the model that there is to choose by.
 
     Args:
-        train: `(N, D)`.
-        validation: `(M, D)` of known and pseudo-unknown items.
+        embeddings: by data role, `(N, D)` each: train, and validation where there is any.
         class_weights: as for `Detector.fit`; without them the detectors that need them are left out.
     """
 
-    train: Tensor
-    validation: Tensor
+    embeddings: Mapping[str, Tensor]
     class_weights: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a detector that was fitted on the training items says of others, by data role: the nearest class and the
+    unknown score, `(N,)` each."""
+
+    output: str
+    detector: str
+    params: dict[str, Any]
+    classes: dict[str, np.ndarray]
+    scores: dict[str, np.ndarray]
 
 
 def candidates(names: Sequence[str] | None = None) -> list[tuple[str, dict[str, Any]]]:
@@ -55,6 +65,35 @@ def candidates(names: Sequence[str] | None = None) -> list[tuple[str, dict[str, 
         space = detectors.registry.get(name).search_space
         found += [(name, dict(zip(space, values, strict=True))) for values in product(*space.values())]
     return found
+
+
+def scored(
+    outputs: Mapping[str, Cached],
+    labels: np.ndarray,
+    tried: Sequence[tuple[str, dict[str, Any]]],
+    of: Mapping[str, np.ndarray],
+    *,
+    progress: bool = True,
+) -> Iterator[Scored]:
+    """Every detector on every output of the model, one after another.
+
+    Args:
+        outputs: by name, what each output of the model makes of the same items.
+        labels: `(N,)` of the training items.
+        tried: detectors and parameters, as `candidates` lists them.
+        of: the items to score, as indices by data role.
+    """
+    runs = [(o, n, p) for o in outputs for n, p in tried]
+    for output, name, params in tqdm(runs, desc="choosing", delay=2, leave=False, disable=not progress):
+        cached, detector = outputs[output], detectors.create(name, **params)
+        if detector.needs_class_weights and cached.class_weights is None:
+            continue
+        detector.fit(cached.embeddings["train"], labels, cached.class_weights)
+        classes, scores = {}, {}
+        for role, items in of.items():
+            nearest, score = detector.predict(cached.embeddings[role][items])
+            classes[role], scores[role] = nearest.numpy(), score.numpy()
+        yield Scored(output, name, params, classes, scores)
 
 
 def select(
@@ -69,22 +108,20 @@ def select(
     """All candidates, best first by OSCR on validation, which needs no threshold.
 
     Args:
-        outputs: by name, what each output of the model makes of the same items.
-        labels: `(N,)` of the training items; `validation_labels` `(M,)`, `UNKNOWN` for the pseudo-unknown.
-        tried: detectors and parameters, as `candidates` lists them.
+        outputs, labels, tried: as for `scored`.
+        validation_labels: `(M,)`, `UNKNOWN` for the pseudo-unknown.
     """
-    some = np.random.default_rng(seed).permutation(len(validation_labels))[:MAX_VALIDATION]
+    some = drawn(len(validation_labels), seed)
     found = []
-    runs = [(o, n, p) for o in outputs for n, p in tried]
-    for output, name, params in tqdm(runs, desc="choosing", delay=2, leave=False, disable=not progress):
-        cached, detector = outputs[output], detectors.create(name, **params)
-        if detector.needs_class_weights and cached.class_weights is None:
-            continue
-        detector.fit(cached.train, labels, cached.class_weights)
-        classes, scores = detector.predict(cached.validation[some])
-        metrics = open_set_metrics(scores, validation_labels[some], classes)
-        found.append(Candidate(output, name, params, metrics.oscr, metrics.auroc))
+    for s in scored(outputs, labels, tried, {"validation": some}, progress=progress):
+        metrics = open_set_metrics(s.scores["validation"], validation_labels[some], s.classes["validation"])
+        found.append(Candidate(s.output, s.detector, s.params, metrics.oscr, metrics.auroc))
     return sorted(found, key=lambda c: -c.oscr)
+
+
+def drawn(n: int, seed: int) -> np.ndarray:
+    """The validation items to choose by, of n."""
+    return np.random.default_rng(seed).permutation(n)[:MAX_VALIDATION]
 
 
 def has_unknown(labels: np.ndarray) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -109,7 +110,27 @@ def train_model(
         OsmlError: for a device that cannot be used, a part that refuses its arguments or these data, nothing that
             could learn, and for a loss that is no longer finite.
     """
+    trainer = make_trainer(model, dataset, labels, config, n_epochs=n_epochs, workers=workers, device=device)
+    trainer.end_of_epoch_hook = end_of_epoch_hook or trainer.end_of_epoch_hook
+    trainer.show_progress = progress
+    trainer.train(num_epochs=n_epochs)
+    model.eval()
+    return trainer.loss_funcs["metric_loss"]
+
+
+def make_trainer(
+    model: EmbeddingModel,
+    dataset: Dataset,
+    labels: Sequence[int],
+    config: Config,
+    *,
+    n_epochs: int,
+    workers: int = 0,
+    device: torch.device | str | None = None,
+) -> Trainer:
+    """The trainer that `train_model` runs, before its first epoch: for those who advance it epoch by epoch."""
     device = checked_device(device)
+    seed_everything(config.seed)
     batch_size = min(config.training.batch_size, len(dataset))
     width = feature_width(model, torch.stack([dataset[0][0]] * 2))
     n_classes = int(max(labels)) + 1
@@ -157,22 +178,23 @@ def train_model(
         dataloader_num_workers=workers,
         data_device=device,
         freeze_these=("trunk",) if config.model.frozen else (),
-        end_of_epoch_hook=end_of_epoch_hook,
     )
-    trainer.show_progress = progress
     trainer.cosine = config.training.schedule == "cosine"
     trainer.seed = config.seed
-    trainer.train(num_epochs=n_epochs)
-    model.eval()
-    return loss
+    trainer.prepare(n_epochs)
+    return trainer
 
 
 class Trainer(MetricLossOnly):
-    """PML's trainer with bf16 on the GPU, pinned and seeded loading, a cosine schedule and one progress bar."""
+    """PML's trainer with bf16 on the GPU, pinned loading, a cosine schedule and one progress bar.
+
+    Each epoch is seeded by its number, so that one that goes on from `state` gives what an uninterrupted one gives.
+    """
 
     show_progress = True
     cosine = True
     seed = 0
+    n_epochs = 0
     epoch_note = ""
     """What an end-of-epoch hook wants to be seen beside the loss."""
 
@@ -180,41 +202,80 @@ class Trainer(MetricLossOnly):
         # A frozen or empty part has no optimizer, and that is no reason to warn.
         self.schema["optimizers"].important = []
 
-    def train(self, start_epoch: int = 1, num_epochs: int = 1) -> None:
-        if num_epochs < start_epoch:
-            return
+    def prepare(self, n_epochs: int) -> None:
+        """Make ready for so many epochs in all."""
+        self.n_epochs, self.epoch = n_epochs, 0
         self.initialize_dataloader()
-        steps = self.iterations_per_epoch * (num_epochs - start_epoch + 1)
         if self.cosine:
+            steps = self.iterations_per_epoch * max(n_epochs, 1)
             self.lr_schedulers = {
                 f"{key.removesuffix('_optimizer')}_scheduler_by_iteration": torch.optim.lr_scheduler.CosineAnnealingLR(
                     optimizer, steps
                 )
                 for key, optimizer in self.optimizers.items()
             }
+
+    def train(self, start_epoch: int = 1, num_epochs: int = 1) -> None:
+        if num_epochs < start_epoch:
+            return
+        if num_epochs != self.n_epochs:
+            self.prepare(num_epochs)
+        steps = self.iterations_per_epoch * (num_epochs - start_epoch + 1)
+        self.epoch = start_epoch - 1
         with tqdm(total=steps, desc="training", unit="batch", disable=not self.show_progress) as bar:
-            for epoch in range(start_epoch, num_epochs + 1):
-                self.epoch = epoch
-                self.set_to_train()
-                total = 0.0
-                for iteration in range(self.iterations_per_epoch):
-                    self.iteration = iteration
-                    self.forward_and_backward()
-                    self.end_of_iteration_hook(self)
-                    self.step_lr_schedulers(end_of_epoch=False)
-                    total += float(self.losses["total_loss"].detach())
-                    bar.update()
-                self.step_lr_schedulers(end_of_epoch=True)
-                self.epoch_loss = total / self.iterations_per_epoch
-                if not np.isfinite(self.epoch_loss):
-                    raise OsmlError(
-                        f"the loss is {self.epoch_loss} in epoch {self.epoch}: lower optimizer.lr, or the loss's scale"
-                    )
-                self.zero_losses()
+            while self.epoch < num_epochs:
+                self.run_epoch(bar.update)
                 go_on = self.end_of_epoch_hook(self)
                 bar.set_postfix_str(f"epoch {self.epoch}/{num_epochs}, loss {self.epoch_loss:.3f}{self.epoch_note}")
                 if go_on is False:
                     break
+
+    def run_epoch(self, on_batch: Callable[[], Any] = lambda: None) -> float:
+        """Train the next epoch; returns its mean loss. OsmlError where that is no longer finite."""
+        self.epoch += 1
+        seed_everything(int(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0]))
+        self.dataloader.generator.manual_seed(torch.initial_seed())
+        self.dataloader_iter = iter(self.dataloader)
+        self.set_to_train()
+        total = 0.0
+        for iteration in range(self.iterations_per_epoch):
+            self.iteration = iteration
+            self.forward_and_backward()
+            self.end_of_iteration_hook(self)
+            self.step_lr_schedulers(end_of_epoch=False)
+            total += float(self.losses["total_loss"].detach())
+            on_batch()
+        self.step_lr_schedulers(end_of_epoch=True)
+        self.epoch_loss = total / self.iterations_per_epoch
+        if not np.isfinite(self.epoch_loss):
+            raise OsmlError(
+                f"the loss is {self.epoch_loss} in epoch {self.epoch}: lower optimizer.lr, or the loss's scale"
+            )
+        self.zero_losses()
+        return self.epoch_loss
+
+    def state(self) -> dict[str, Any]:
+        """All that the next epoch depends on, as nested dictionaries of tensors and numbers."""
+        return {"epoch": self.epoch} | {name: part.state_dict() for name, part in self._parts()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state`. The optimizers keep the rates and arguments that they were made with, so that a run
+        may go on from another's state under its own settings."""
+        own = {key: [dict(group) for group in optimizer.param_groups] for key, optimizer in self.optimizers.items()}
+        self.epoch = state["epoch"]
+        for name, part in self._parts():
+            part.load_state_dict(state[name])
+        for key, optimizer in self.optimizers.items():
+            for group, made in zip(optimizer.param_groups, own[key], strict=True):
+                base = made.get("initial_lr", made["lr"])
+                lr = group["lr"] * base / group.get("initial_lr", group["lr"])  # as far down the schedule as it was
+                group.update({k: v for k, v in made.items() if k != "params"}, lr=lr)
+        for scheduler in self.lr_schedulers.values():
+            scheduler.base_lrs = [group["initial_lr"] for group in scheduler.optimizer.param_groups]
+
+    def _parts(self) -> Iterator[tuple[str, Any]]:
+        for kind in ("models", "loss_funcs", "optimizers", "lr_schedulers"):
+            yield from ((f"{kind}.{name}", part) for name, part in getattr(self, kind).items())
 
     def initialize_dataloader(self) -> None:
         whole = len(self.dataset) // self.batch_size >= 1
@@ -231,7 +292,6 @@ class Trainer(MetricLossOnly):
             collate_fn=self.collate_fn,
         )
         self.iterations_per_epoch = self.iterations_per_epoch or len(self.dataloader)
-        self.dataloader_iter = iter(self.dataloader)
 
     def calculate_loss(self, curr_batch: tuple[torch.Tensor, torch.Tensor]) -> None:
         data, labels = curr_batch

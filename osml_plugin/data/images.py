@@ -194,7 +194,8 @@ class ImageDataset(Dataset):
     paths: N files. labels: N integers, or None where they are not known (the label is then `UNKNOWN`).
     transform: takes the uint8 image; what it gives is brought to float32, from uint8 scaled to [0, 1].
     cache_bytes: up to so many bytes the decoded images are kept in memory, read at once here; above it each
-    is decoded when it is asked for. `images` is the uint8 tensor `(N, channels, size, size)` or None.
+    is decoded when it is asked for. `images` is the uint8 tensor `(N, channels, size, size)` or None; images that are
+    decoded already may be passed.
     """
 
     def __init__(
@@ -206,14 +207,16 @@ class ImageDataset(Dataset):
         size: int,
         transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
         cache_bytes: int = 512 * 2**20,
+        images: torch.Tensor | None = None,
     ):
         if labels is not None and len(labels) != len(paths):
             raise OsmlError(f"{len(labels)} labels for {len(paths)} images; expected one an image")
         self.paths = paths
         self.labels = [UNKNOWN] * len(paths) if labels is None else [int(label) for label in labels]
         self.channels, self.size, self.transform = channels, size, transform
-        fits = len(paths) * channels * size * size <= cache_bytes
-        self.images = load_images(paths, channels, size) if fits else None
+        if images is None and len(paths) * channels * size * size <= cache_bytes:
+            images = load_images(paths, channels, size)
+        self.images = images
 
     def __len__(self) -> int:
         return len(self.paths)
