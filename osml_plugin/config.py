@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
@@ -129,33 +129,40 @@ class Config(Section):
         return part
 
 
+Schema = TypeVar("Schema", bound=Section)
+
+
 def load_config(file: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
     """The configuration of a YAML file and of `section.key=value` overrides, both optional."""
-    values: dict[str, Any] = {}
-    if file is not None:
-        try:
-            values = yaml.load(Path(file).read_text(encoding="utf-8"), _Loader) or {}
-        except OSError as error:
-            raise OsmlError(f"cannot read the configuration '{file}': {error.strerror}") from error
-        except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date such as 2001-99-99
-            problem = " ".join(str(error).split())
-            raise OsmlError(f"the configuration '{file}' is not YAML: {problem}") from error
-        if not isinstance(values, dict):
-            raise OsmlError(f"the configuration '{file}' must hold keys and values; it holds a {type(values).__name__}")
+    values = read_yaml(file) if file is not None else {}
     for override in overrides:
-        _apply(values, override)
+        apply_override(values, override)
     return make_config(values)
 
 
-def make_config(values: Mapping[str, Any]) -> Config:
-    """A checked `Config` of plain values; the first thing that is wrong with them is one line of OsmlError."""
+def read_yaml(file: str | Path) -> dict[str, Any]:
+    """The keys and values of a YAML file; OsmlError where it holds no such thing."""
     try:
-        return Config.model_validate(dict(values))
+        values = yaml.load(Path(file).read_text(encoding="utf-8"), _Loader) or {}
+    except OSError as error:
+        raise OsmlError(f"cannot read the configuration '{file}': {error.strerror}") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date such as 2001-99-99
+        problem = " ".join(str(error).split())
+        raise OsmlError(f"the configuration '{file}' is not YAML: {problem}") from error
+    if not isinstance(values, dict):
+        raise OsmlError(f"the configuration '{file}' must hold keys and values; it holds a {type(values).__name__}")
+    return values
+
+
+def make_config(values: Mapping[str, Any], schema: type[Schema] = Config) -> Schema:
+    """A checked configuration of plain values; the first thing that is wrong with them is one line of OsmlError."""
+    try:
+        return schema.model_validate(dict(values))
     except ValidationError as error:
-        raise _in_one_line(error) from error
+        raise _in_one_line(error, schema) from error
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
     """Set `loss.margin=20` in nested values; the name of a part may stand where the part does."""
     key, equals, text = override.partition("=")
     path = key.strip().split(".")
@@ -178,11 +185,11 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise OsmlError(f"cannot read the value of --set '{override}': expected YAML, such as 20 or [1, 2]") from error
 
 
-def _in_one_line(error: ValidationError) -> OsmlError:
+def _in_one_line(error: ValidationError, schema: type[Section]) -> OsmlError:
     first = error.errors()[0]
     if isinstance(cause := (first.get("ctx") or {}).get("error"), OsmlError):
         return cause
-    section: Any = Config
+    section: Any = schema
     path: list[str] = []
     for step in map(str, first["loc"]):  # what is no field is one of the forms that a field may have
         if step in _fields(section):

@@ -6,6 +6,7 @@ MLflow is imported by the functions that need it: it takes seconds, and it is an
 from __future__ import annotations
 
 import atexit
+import io
 import json
 import logging
 import math
@@ -20,15 +21,23 @@ import time
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from hashlib import sha256
 from importlib.metadata import requires, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from .bundle import MANIFEST, Manifest, load_tensor_shape, read_manifest
+import numpy as np
+from safetensors import safe_open
+
+from .bundle import MANIFEST, Manifest, bundle_lock, read_manifest
 from .errors import OsmlError, unknown_name
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
+
+SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
+MAX_TAG = 5_000
+"""Characters that a tag of a model version may have in every MLflow store."""
 
 
 # --- the store -------------------------------------------------------------------------------------------
@@ -37,12 +46,657 @@ log = logging.getLogger(__name__)
 def tracking_uri() -> str:
     """Where runs and models are stored: MLFLOW_TRACKING_URI, else the SQLite file `mlflow.db` in the working folder.
 
-    A relative SQLite file is made absolute. MLflow is told, and its registry follows unless it has an address of its own.
+    A SQLite file is named absolutely. MLflow is told; its registry follows unless it has an address of its own.
     """
     mlflow = _mlflow()
     uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     if uri.startswith("sqlite:///"):
-        file, mark, query = uri.removeprefix("sqlite:///").partition("?")
-        uri = f"sqlite:///{os.path.abspath(file)}{mark}{query}"
+        file, mark, options = uri.removeprefix("sqlite:///").partition("?")
+        uri = f"sqlite:///{os.path.abspath(file)}{mark}{options}"
     mlflow.set_tracking_uri(uri)
     return uri
+
+
+def check_tracking(uri: str, timeout: float = 8) -> None:
+    """Raise one OsmlError, within `timeout` seconds and a little, unless the store answers.
+
+    A SQLite store that is not there yet is made, which takes longer.
+    """
+    _mlflow()
+    if re.match("[a-z]*", uri)[0] not in SCHEMES:
+        raise _unreachable(uri, "no such kind of store")
+    local = uri.startswith("sqlite:")
+    if local:
+        _check_sqlite_file(uri)
+    failed: list[Exception] = []
+    probe = threading.Thread(target=_probe, args=(uri, failed), daemon=True)
+    with mlflow_calls(uri, retries=0, timeout=timeout):
+        # In a thread: neither name resolution nor a server that sends a byte now and then keeps to a timeout.
+        probe.start()
+        probe.join(None if local else timeout)
+    if probe.is_alive():
+        raise _unreachable(uri, f"no answer within {timeout:g} seconds")
+    if failed:
+        raise _unreachable(uri, _one_line(failed[0])) from failed[0]
+
+
+def _probe(uri: str, failed: list[Exception]) -> None:
+    from mlflow import MlflowClient
+
+    try:
+        MlflowClient(uri).search_experiments(max_results=1)
+    except Exception as error:  # a driver that is not installed, a scheme that nobody knows
+        failed.append(error)
+
+
+def _check_sqlite_file(uri: str) -> None:
+    """MLflow would try for minutes to open a file that cannot be opened."""
+    file = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+    try:
+        if file.is_file():
+            with closing(sqlite3.connect(file, timeout=5)) as connection:
+                connection.execute("BEGIN IMMEDIATE")
+        else:
+            with tempfile.TemporaryFile(dir=file.parent):
+                pass
+    except (OSError, sqlite3.Error) as error:
+        raise _unreachable(uri, getattr(error, "strerror", None) or str(error)) from error
+
+
+def _unreachable(uri: str, reason: str) -> OsmlError:
+    return OsmlError(
+        f"cannot reach the tracking store '{_shown(uri)}': {reason}; set MLFLOW_TRACKING_URI to http://HOST:PORT of a "
+        "running `mlflow server` or to sqlite:///FILE"
+    )
+
+
+def _shown(uri: str) -> str:
+    """Without a password."""
+    return re.sub(r"//[^/@]*@", "//", uri)
+
+
+def _mlflow() -> Any:
+    try:
+        import mlflow
+    except ImportError as error:
+        raise OsmlError("this needs MLflow, which is not installed: pip install 'osml-plugin[mlflow]'") from error
+    return mlflow
+
+
+@contextmanager
+def mlflow_calls(uri: str, *, retries: int = 2, timeout: float = 15) -> Iterator[None]:
+    """Calls of MLflow: quiet, and with few retries, since its own go on for minutes. Its errors, and those of the
+    network and the disk, become one OsmlError."""
+    from mlflow.exceptions import MlflowException
+
+    settings = {
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries),
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(math.ceil(timeout)),
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    }
+    before = {name: os.environ.get(name) for name in settings}
+    loggers = [logging.getLogger(name) for name in ("mlflow", "alembic")]
+    levels = [log.level for log in loggers]
+    os.environ.update(settings)
+    for log in loggers:
+        log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except OsmlError:
+        raise
+    except (MlflowException, OSError) as error:
+        raise OsmlError(f"MLflow at '{_shown(uri)}': {_one_line(error)}") from error
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        for log, level in zip(loggers, levels, strict=True):
+            log.setLevel(level)
+
+
+def _one_line(error: Exception) -> str:
+    """The first sentence, or the reason of the operating system, which MLflow buries in pages."""
+    text = _shown(" ".join(str(error).split())) or type(error).__name__
+    reason = re.search(r"\[Errno -?\d+\] ([^'\")]+)", text)
+    return reason[1] if reason else re.split(r"(?<=\.) ", text)[0][:300]
+
+
+# --- bundles as models -----------------------------------------------------------------------------------
+
+
+def log_bundle(
+    bundle: str | Path, *, run_id: str, register: str | None = None, tags: Mapping[str, str] | None = None
+) -> tuple[str, int | None]:
+    """Log a bundle as an MLflow model of a run, from code and without pickle, and register it.
+
+    Args:
+        register: the name to register it under; its version gets `tags`, those that `version_tags` gives, and the
+            alias 'challenger'.
+
+    Returns:
+        the model's address, and its version if it was registered.
+
+    Raises:
+        OsmlError: where there is no whole bundle, and where MLflow refuses or does not answer.
+    """
+    bundle = Path(bundle)
+    uri = tracking_uri()
+    check_tracking(uri)
+    import mlflow
+    from mlflow.models import Model
+
+    with tempfile.TemporaryDirectory() as room, mlflow_calls(uri, timeout=120):
+        copy = Path(room, "bundle")
+        manifest = _copy(bundle, copy)
+        width = _width(copy, manifest)
+        client = mlflow.MlflowClient()
+        if register is not None:
+            _make_registered_model(client, register)
+        # Left to itself MLflow takes the experiment that is active, not the run's.
+        experiment = client.get_run(run_id).info.experiment_id
+        model = client.create_logged_model(experiment, name="model", source_run_id=run_id)
+        logged = Model.log(
+            None,
+            mlflow.pyfunc,
+            name="model",
+            run_id=run_id,
+            model_id=model.model_id,
+            python_model=str(Path(__file__).with_name("mlflow_model.py")),
+            artifacts={"bundle": str(copy)},
+            # What a trunk of the user's own may be made by is said by whoever loads the model.
+            model_config={"factories": []},
+            pip_requirements=_requirements(),
+            **_interface(manifest, width),
+        )
+        if register is None:
+            return logged.model_uri, None
+        # By hand: MLflow's own way prints, and shows the version for a while without its tags.
+        made = client.create_model_version(
+            register,
+            f"models:/{logged.model_id}",
+            run_id,
+            tags={**version_tags(manifest, width), **(tags or {})},
+            model_id=logged.model_id,
+        )
+        client.set_registered_model_alias(register, "challenger", made.version)
+        return f"models:/{register}/{made.version}", int(made.version)
+
+
+def _make_registered_model(client: Any, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def version_tags(manifest: Manifest, width: int) -> dict[str, str]:
+    """The tags of a model version: threshold, detector, alpha, dimension (width of the embeddings), classes (JSON;
+    only how many where the names are too long for a tag), data (the fingerprint of what it was trained on)."""
+    names = json.dumps(list(manifest.classes.values()), ensure_ascii=False)
+    tags = {
+        "threshold": str(manifest.threshold.tau),
+        "detector": manifest.detector.name,
+        "alpha": str(manifest.alpha),
+        "dimension": str(width),
+        "classes": names if len(names) <= MAX_TAG else str(len(manifest.classes)),
+    }
+    data = manifest.details.get("provenance", {}).get("data")
+    return tags if data is None else {**tags, "data": str(data)}
+
+
+def _copy(bundle: Path, to: Path) -> Manifest:
+    """The files of the bundle and no others, all of one state and as they were written."""
+    to.mkdir()
+    with bundle_lock(bundle):
+        manifest = read_manifest(bundle)
+        for name in (MANIFEST, *manifest.file_names):
+            shutil.copyfile(bundle / name, to / name)
+    for file in manifest.files.values():
+        if sha256((to / file.name).read_bytes()).hexdigest() != file.sha256:
+            raise OsmlError(f"bundle '{bundle}' is damaged: {file.name} does not match its checksum; train again")
+    return manifest
+
+
+def _width(bundle: Path, manifest: Manifest) -> int:
+    with safe_open(bundle / manifest.files["gallery"].name, "np") as gallery:
+        return gallery.get_slice("embeddings").get_shape()[1]
+
+
+def _interface(manifest: Manifest, width: int) -> dict[str, Any]:
+    """What the model takes and gives, and an example of an input."""
+    import pandas as pd
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, Schema, TensorSpec
+    from PIL import Image
+
+    form = manifest.preprocessing
+    if form is None:
+        width = manifest.details["input"]["size"] if "model" in manifest.files else width
+        takes = Schema([TensorSpec(np.dtype(np.float32), (-1, width))])
+        example = np.full((1, width), width**-0.5, dtype=np.float32)
+    else:
+        takes = Schema([ColSpec("binary", "image")])
+        png = io.BytesIO()
+        Image.new("L" if form.channels == 1 else "RGB", (form.size, form.size)).save(png, "PNG")
+        example = pd.DataFrame({"image": [png.getvalue()]})
+    gives = Schema(
+        [
+            ColSpec("string", "label", required=False),
+            ColSpec("boolean", "known"),
+            ColSpec("string", "nearest"),
+            ColSpec("double", "score"),
+            ColSpec("double", "threshold"),
+            ColSpec("double", "p_value", required=False),
+        ]
+    )
+    return {"signature": ModelSignature(takes, gives), "input_example": example}
+
+
+def _requirements() -> list[str]:
+    """This package and what it needs, at their installed versions."""
+    from packaging.requirements import Requirement
+    from packaging.version import Version
+
+    needed = [Requirement(line) for line in requires("osml-plugin") or []]
+    names = [r.name for r in needed if r.marker is None or r.marker.evaluate({"extra": ""})]
+    # A local version such as 2.15.0+cpu is on no index.
+    return [f"{name}=={Version(version(name)).public}" for name in ("osml-plugin", *names)]
+
+
+# --- models as bundles -----------------------------------------------------------------------------------
+
+
+def is_model_uri(text: str | Path) -> bool:
+    """Whether this is the address of a model in MLflow and no path."""
+    return str(text).startswith(("models:/", "runs:/"))
+
+
+_downloads: dict[tuple[str, str], Path] = {}
+
+
+def download_bundle(uri: str) -> Path:
+    """The bundle of a model: `models:/NAME@alias`, `models:/NAME/7` or `runs:/ID/model`. Downloaded once a process.
+
+    Raises:
+        OsmlError: for a name, alias or version that does not exist, naming those that do; for a model without a bundle.
+    """
+    store = tracking_uri()
+    check_tracking(store)
+    import mlflow
+
+    with mlflow_calls(store, timeout=120):
+        named = re.fullmatch(r"models:/([^/@]+)(?:@([^/]+)|/(\d+))", uri)
+        if named:
+            name, alias, number = named.groups()
+            uri = f"models:/{name}/{find_version(name, alias=alias, version=number).version}"
+        if (store, uri) not in _downloads:
+            here = tempfile.mkdtemp(prefix="osml-")
+            atexit.register(shutil.rmtree, here, ignore_errors=True)
+            model = Path(mlflow.artifacts.download_artifacts(uri, dst_path=here))
+            found = sorted(model.glob(f"artifacts/*/{MANIFEST}"))
+            if not found:
+                raise OsmlError(f"'{uri}' holds no bundle: expected a model that `osml tune --register` logged")
+            _downloads[store, uri] = found[0].parent
+        return _downloads[store, uri]
+
+
+def find_version(name: str, *, alias: str | None = None, version: int | str | None = None) -> Any:
+    """The MLflow ModelVersion of a registered model that has this alias or number.
+
+    Raises:
+        OsmlError: for a name, alias or version that does not exist, naming those that do.
+    """
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    client = MlflowClient()
+    try:
+        if alias is not None:
+            return client.get_model_version_by_alias(name, alias)
+        return client.get_model_version(name, str(version))
+    except MlflowException as error:
+        models = [model.name for model in _pages(client.search_registered_models)]
+        if not models:
+            raise OsmlError("no model is registered here: register one with `osml tune --register NAME`") from error
+        if name not in models:
+            raise unknown_name("registered model", name, models) from error
+        if alias is not None:
+            there = sorted(client.get_registered_model(name).aliases)
+            if alias in there:
+                raise
+            raise OsmlError(f"model '{name}' has no alias '{alias}'; it has {', '.join(there) or 'none'}") from error
+        numbers = sorted(int(v.version) for v in _pages(client.search_model_versions, filter_string=f"name='{name}'"))
+        if str(version) in map(str, numbers):
+            raise
+        raise OsmlError(
+            f"model '{name}' has no version {version}; it has {', '.join(map(str, numbers)) or 'none'}"
+        ) from error
+
+
+def _pages(search: Any, **query: Any) -> Iterator[Any]:
+    token = None
+    while True:
+        page = search(**query, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+# --- the runs of a sweep ---------------------------------------------------------------------------------
+
+
+STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+"""What MLflow calls the end of a trial."""
+MAX_KEY, MAX_PARAM, MAX_RUN_TAG = 250, 6_000, 8_000
+
+
+@dataclass
+class _Run:
+    """What a trial's run holds already."""
+
+    id: str
+    status: str
+    params: dict[str, str]
+    tags: dict[str, str]
+    steps: dict[str, int]
+    """The last step of each metric."""
+
+
+class SweepRuns:
+    """The runs of one sweep: a parent, and a nested run for each trial, found again by their tags `osml.sweep` and
+    `osml.trial`. For the driver; it can be pickled, with what could not be stored yet.
+
+    Args:
+        uri: the store, as `tracking_uri` gives it.
+        experiment: the name of the experiment; made if there is none.
+        sweep_id: what tells this sweep from others.
+    """
+
+    def __init__(self, uri: str, experiment: str, sweep_id: str):
+        self.__setstate__({"uri": uri, "experiment": experiment, "sweep_id": sweep_id, "_waiting": {}})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: self.__dict__[name] for name in ("uri", "experiment", "sweep_id", "_waiting")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._parent: _Run | None = None
+        self._runs: dict[str, _Run] | None = None
+        """By trial; None = to be looked up."""
+        self._monitor: Any = None
+        self._away = False
+        self._not_before = 0.0
+
+    def start(self, name: str, params: Mapping[str, Any], tags: Mapping[str, Any]) -> str:
+        """The id of the parent run, which is RUNNING from now on: a new one, or the one that is there. Raises OsmlError
+        where the store does not answer."""
+        with mlflow_calls(self.uri):
+            self._look_up()
+            if self._parent is None:
+                self._parent = self._new_run(name, {})
+            elif self._parent.status != "RUNNING":
+                self._client.update_run(self._parent.id, status="RUNNING")
+                self._parent.status = "RUNNING"
+            self._log(self._parent, params=params, tags=tags)
+            self._start_monitor()
+        return self._parent.id
+
+    def record(
+        self,
+        trial_id: str,
+        *,
+        number: int,
+        params: Mapping[str, Any],
+        history: Sequence[Mapping[str, float]],
+        status: str,
+        error: str | None = None,
+        extra_tags: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Bring a trial's run up to date; what it holds already is not stored again.
+
+        Args:
+            params: a value that is no longer the first one becomes the metric or tag `param.<name>`.
+            history: the entries so far; `epoch` is the step.
+            status: as `Trial.status`; finished, stopped and failed end the run.
+
+        Returns:
+            False if the store does not answer: all that waits is stored by a later call, or by `close`.
+        """
+        self._waiting[trial_id] = {
+            "number": number,
+            "params": dict(params),
+            "history": [dict(entry) for entry in history],
+            "status": status,
+            "error": error,
+            "extra_tags": dict(extra_tags or {}),
+        }
+        return time.monotonic() >= self._not_before and self._flush(retries=0)
+
+    def drop(self, trial_ids_known: Collection[str]) -> None:
+        """Delete the runs of other trials than these: they were never saved, and are drawn again."""
+        with mlflow_calls(self.uri):
+            self._look_up()
+            for trial_id in [t for t in self._runs if t not in trial_ids_known]:
+                self._client.delete_run(self._runs.pop(trial_id).id)
+        for trial_id in [t for t in self._waiting if t not in trial_ids_known]:
+            del self._waiting[trial_id]
+
+    def close(
+        self,
+        status: Literal["FINISHED", "FAILED", "KILLED"],
+        metrics: Mapping[str, float] | None = None,
+        tags: Mapping[str, Any] | None = None,
+        artifacts: Sequence[str | Path] = (),
+        keep: Collection[str] = (),
+    ) -> bool:
+        """End the parent, and as KILLED the run of every trial that is still RUNNING and not in `keep`.
+
+        Args:
+            artifacts: files and folders for the parent.
+
+        Returns:
+            False if the store does not answer: nothing raises, and resuming the sweep stores what is missing.
+        """
+        self._stop_monitor()
+        flushed = self._flush(retries=2)
+        try:
+            with mlflow_calls(self.uri):
+                self._look_up()
+                for trial_id, run in self._runs.items():
+                    if run.status == "RUNNING" and trial_id not in keep:
+                        self._end(run, "KILLED")
+                self._log(self._parent, metrics=[(0, metrics or {})], tags=tags or {})
+                for path in map(Path, artifacts):
+                    if path.is_dir():
+                        self._client.log_artifacts(self._parent.id, str(path), path.name)
+                    else:
+                        self._client.log_artifact(self._parent.id, str(path))
+                self._end(self._parent, status)
+        except OsmlError as error:
+            logger.warning("the sweep's end could not be stored (%s); resuming the sweep stores it", error)
+            return False
+        return flushed
+
+    # Inside -----------------------------------------------------------------------------------------------
+
+    def _flush(self, retries: int) -> bool:
+        """Store what waits; warns once when the store goes away."""
+        began = time.monotonic()
+        trial_id = None
+        try:
+            with mlflow_calls(self.uri, retries=retries):
+                if self._runs is None:
+                    self._look_up()
+                for trial_id in list(self._waiting):
+                    self._store(trial_id, **self._waiting[trial_id])
+                    del self._waiting[trial_id]
+        except OsmlError as error:
+            # What was sent may have arrived all the same: look again before anything is made anew.
+            self._runs = None
+            if trial_id is not None:
+                self._waiting[trial_id] = self._waiting.pop(trial_id)  # the next time after the others
+            # An address that swallows packets holds up the sweep: a sixth of the time, not all of it.
+            self._not_before = time.monotonic() + 5 * (time.monotonic() - began)
+            if not self._away:
+                logger.warning("not stored for now, the sweep goes on and tries again: %s", error)
+            self._away = True
+            return False
+        self._away = False
+        return True
+
+    def _store(
+        self,
+        trial_id: str,
+        number: int,
+        params: Mapping[str, Any],
+        history: Sequence[Mapping[str, float]],
+        status: str,
+        error: str | None,
+        extra_tags: Mapping[str, Any],
+    ) -> None:
+        run = self._runs.get(trial_id)
+        if run is None:
+            tags = {"mlflow.parentRunId": self._parent.id, "osml.trial": trial_id, "osml.number": str(number)}
+            run = self._runs[trial_id] = self._new_run(f"trial {number}", tags)
+        metrics = [
+            (int(entry["epoch"]), {k: v for k, v in entry.items() if k != "epoch"})
+            for entry in sorted(history, key=lambda entry: entry["epoch"])
+        ]
+        tags = dict(extra_tags)
+        if error is not None:
+            tags["osml.error"] = error
+        elif "osml.error" in run.tags:  # it failed before, and was taken up again
+            self._client.delete_tag(run.id, "osml.error")
+            del run.tags["osml.error"]
+        self._log(run, params=params, metrics=metrics, tags=tags)
+        if status in STATUS:
+            if run.status != STATUS[status]:
+                self._end(run, STATUS[status])
+        elif run.status != "RUNNING":
+            self._client.update_run(run.id, status="RUNNING")
+            run.status = "RUNNING"
+
+    def _log(
+        self,
+        run: _Run,
+        params: Mapping[str, Any] | None = None,
+        metrics: Sequence[tuple[int, Mapping[str, float]]] = (),
+        tags: Mapping[str, Any] | None = None,
+    ) -> None:
+        """One batch of what the run does not hold; `metrics` are steps in order, with their values."""
+        from mlflow.entities import Metric, Param, RunTag
+
+        given = {_key(k): str(v)[:MAX_PARAM] for k, v in (params or {}).items()}
+        tags = {_key(k): str(v)[:MAX_RUN_TAG] for k, v in (tags or {}).items()}
+        metrics = [(step, {_key(k): v for k, v in values.items()}) for step, values in metrics]
+        for name, value in (params or {}).items():
+            name, now = _key(name), f"param.{_key(name)}"
+            if given[name] == run.params.get(name, given[name]) and now not in {**run.steps, **run.tags}:
+                continue
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                metrics = [*metrics, (metrics[-1][0] if metrics else 0, {now: value})]
+            else:
+                tags[now] = given[name]
+        new_params = {k: v for k, v in given.items() if k not in run.params}
+        new_tags = {k: v for k, v in tags.items() if run.tags.get(k) != v}
+        steps, new_metrics, at = dict(run.steps), [], int(time.time() * 1000)
+        for step, values in metrics:
+            for name, value in values.items():
+                if _is_number(value) and step > steps.get(name, -1):
+                    new_metrics.append(Metric(name, float(value), at, step))
+                    steps[name] = step
+        self._client.log_batch(
+            run.id,
+            metrics=new_metrics,
+            params=[Param(k, v) for k, v in new_params.items()],
+            tags=[RunTag(k, v) for k, v in new_tags.items()],
+        )
+        run.params |= new_params
+        run.tags |= new_tags
+        run.steps = steps
+
+    def _end(self, run: _Run, status: str) -> None:
+        self._client.set_terminated(run.id, status)
+        run.status = status
+
+    def _new_run(self, name: str, tags: dict[str, str]) -> _Run:
+        tags = {**tags, "osml.sweep": self.sweep_id}
+        made = self._client.create_run(self._experiment_id(), run_name=name, tags=tags)
+        return _Run(made.info.run_id, "RUNNING", {}, dict(made.data.tags), {})
+
+    def _look_up(self) -> None:
+        """The runs of this sweep that are there."""
+        found = {}
+        query = f"tags.`osml.sweep` = '{self.sweep_id}'"
+        for run in _pages(self._client.search_runs, experiment_ids=[self._experiment_id()], filter_string=query):
+            # The only place where MLflow tells the steps without a request for each metric.
+            steps = {metric.key: metric.step for metric in run.data._metric_objs}
+            known = _Run(run.info.run_id, run.info.status, dict(run.data.params), dict(run.data.tags), steps)
+            if "mlflow.parentRunId" in known.tags:
+                found[known.tags["osml.trial"]] = known
+            else:
+                self._parent = known
+        self._runs = found
+
+    @property
+    def _client(self) -> Any:
+        from mlflow import MlflowClient
+
+        return MlflowClient(self.uri)
+
+    def _experiment_id(self) -> str:
+        from mlflow.exceptions import MlflowException
+
+        found = self._client.get_experiment_by_name(self.experiment)
+        if found is None:
+            # Beside the SQLite file, wherever the driver was started; a server decides for itself.
+            local = self.uri.startswith("sqlite:///")
+            folder = Path(self.uri.removeprefix("sqlite:///").partition("?")[0]).parent / "mlartifacts"
+            try:
+                return self._client.create_experiment(self.experiment, folder.as_uri() if local else None)
+            except MlflowException:  # another process made it in between
+                found = self._client.get_experiment_by_name(self.experiment)
+                if found is None:
+                    raise
+        if found.lifecycle_stage != "active":
+            raise OsmlError(f"experiment '{self.experiment}' was deleted in MLflow: restore it, or choose another name")
+        return found.experiment_id
+
+    def _start_monitor(self) -> None:
+        """CPU, memory and GPU of the driver's machine, as MLflow itself takes them."""
+        try:
+            import psutil  # noqa: F401
+        except ImportError:
+            return
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # its thread outlives `mlflow_calls`
+        self._stop_monitor()
+        self._monitor = SystemMetricsMonitor(self._parent.id, resume_logging=True, tracking_uri=self.uri)
+        self._monitor.start()
+
+    def _stop_monitor(self) -> None:
+        if self._monitor is not None:
+            # While a server is away it waits for it with all of MLflow's retries.
+            stop = threading.Thread(target=self._monitor.finish, daemon=True)
+            stop.start()
+            stop.join(10)
+            self._monitor = None
+
+
+def _key(name: str) -> str:
+    """A name that MLflow takes for a metric, parameter or tag."""
+    return posixpath.normpath(re.sub(r"[^/\w.\- ]", "_", str(name))).lstrip("./")[:MAX_KEY] or "_"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and not math.isnan(value)

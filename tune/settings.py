@@ -34,8 +34,8 @@ class SweepConfig(Section):
     outer search like any other."""
     folds: Annotated[int, Field(ge=1)] = 2
     """Draws of pseudo-unknown classes. The first is the split's own; every further one holds out other classes."""
-    evaluate_every: Annotated[int, Field(ge=1)] = 1
-    """Epochs between two evaluations (each one is reported, and written as a checkpoint)."""
+    evaluate_every: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Epochs between two evaluations, each of which is reported and written as a checkpoint; auto = eight in all."""
     grace: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Epochs before a trial may be stopped, and between two exchanges of pbt; auto = a quarter of the epochs."""
     winner: Literal["auto", "as-is", "retrain"] = "auto"
@@ -49,7 +49,7 @@ class SweepConfig(Section):
     concurrent: Annotated[int, Field(ge=1)] | None = None
     """Trials at the same time; None = as many as the resources allow."""
     address: str | None = None
-    """A running Ray cluster ('auto', or ray://host:10001); None = one on this machine for this sweep."""
+    """A running Ray cluster: 'auto' on one of its machines, or host:6379; None = one on this machine for this sweep."""
     storage: str | None = None
     """Where trials keep their checkpoints: a shared folder or s3://…, needed on more than one machine; None = in the
     sweep's own folder."""

@@ -1,0 +1,154 @@
+"""What happens in a sweep, written down as it happens: on disk, in the live table, in MLflow."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ray.tune import Callback
+
+from .results import Sweep, Trial
+from .trial import params_of
+
+LINES = "trials.jsonl"
+
+
+@dataclass
+class Journal:
+    """One line a report of a trial, appended to a file; reading it back gives the trials.
+
+    A trial that is taken up again repeats epochs: the last report of an epoch counts.
+    """
+
+    file: Path
+
+    def append(self, entry: dict[str, Any]) -> None:
+        with open(self.file, "a", encoding="utf-8") as out:
+            out.write(json.dumps(entry) + "\n")
+
+    def entries(self) -> list[dict[str, Any]]:
+        """All whole lines; the last may have been cut off."""
+        found = []
+        if self.file.exists():
+            for line in self.file.read_text(encoding="utf-8").splitlines():
+                try:
+                    found.append(json.loads(line))
+                except ValueError:
+                    continue
+        return found
+
+
+Watcher = Callable[[Sweep, Trial], None]
+
+
+class Recorder:
+    """Follows all trials, in the driver.
+
+    Args:
+        journal: the file to write to; what it holds already is taken over.
+        blank: the sweep without trials.
+        epochs: of a whole trial.
+        watchers: called with the sweep so far and the trial that changed.
+    """
+
+    current: ClassVar[Recorder | None] = None
+    """The one that `Relay` tells."""
+
+    def __init__(self, journal: Path, blank: Sweep, epochs: int, watchers: Sequence[Watcher] = ()):
+        self.journal, self.blank, self.epochs, self.watchers = Journal(journal), blank, epochs, watchers
+        self.trials: dict[str, Trial] = {}
+        for entry in self.journal.entries():
+            self._take(entry)
+
+    @property
+    def sweep(self) -> Sweep:
+        return replace(self.blank, trials=sorted(self.trials.values(), key=lambda t: t.number))
+
+    def keep_only(self, ids: set[str]) -> None:
+        """Forget trials that Ray does not know: they began after its last snapshot, and are drawn again."""
+        self.trials = {i: t for i, t in self.trials.items() if i in ids}
+
+    # --- what happens -------------------------------------------------------------------------------------
+
+    def started(self, trial: Any) -> None:
+        self._write(trial, status="running")
+
+    def reported(self, trial: Any, result: dict[str, Any]) -> None:
+        if "error" in result:
+            fields = {"error": result["error"]}
+        else:
+            fields = {"figures": {name: result[name] for name in result["reported"]}}
+            fields |= {"chosen": result["chosen"], "curve": result["curve"]}
+        self._write(trial, status="running", seconds=result.get("time_total_s", 0.0), **fields)
+
+    def completed(self, trial: Any) -> None:
+        known = self.trials.get(trial.trial_id)
+        if known is not None and known.error:
+            status = "failed"
+        elif known is not None and known.history and known.history[-1]["epoch"] >= self._epochs_of(known):
+            status = "finished"
+        else:
+            status = "stopped"
+        self._write(trial, status=status)
+
+    def died(self, trial: Any) -> None:
+        self._write(trial, status="failed", error=_reason(trial))
+
+    # --- inside -------------------------------------------------------------------------------------------
+
+    def _write(self, trial: Any, **fields: Any) -> None:
+        params = params_of(trial.config)
+        entry = {"id": trial.trial_id, "params": params, "time": time.time(), **fields}
+        self.journal.append(entry)
+        now = self._take(entry)
+        for watcher in self.watchers:
+            watcher(self.sweep, now)
+
+    def _take(self, entry: dict[str, Any]) -> Trial:
+        number = len(self.trials)
+        trial = self.trials.get(entry["id"]) or Trial(entry["id"], number, "waiting", {})
+        trial = replace(trial, params=entry["params"], status=entry["status"], error=entry.get("error", trial.error))
+        trial = replace(trial, seconds=entry.get("seconds", trial.seconds))
+        if figures := entry.get("figures"):
+            earlier = [h for h in trial.history if h["epoch"] < figures["epoch"]]
+            is_best = figures[self.blank.objective] >= max((h[self.blank.objective] for h in earlier), default=-1)
+            trial = replace(trial, history=[*earlier, figures])
+            if is_best or trial.chosen is None:
+                trial = replace(trial, chosen=entry.get("chosen"), curve=[tuple(p) for p in entry.get("curve", [])])
+        self.trials[trial.id] = trial
+        return trial
+
+    def _epochs_of(self, trial: Trial) -> int:
+        return int(trial.params.get("training.epochs", self.epochs))
+
+
+def _reason(trial: Any) -> str:
+    """The last line of what a trial died of."""
+    error = trial.get_error() if hasattr(trial, "get_error") else None
+    text = str(error or "it died, and left no reason")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:500]
+
+
+class Relay(Callback):
+    """What Ray Tune calls. Ray keeps a copy on disk and brings that back on a restore, so there is nothing in it."""
+
+    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        if Recorder.current:
+            Recorder.current.started(trial)
+
+    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
+        if Recorder.current:
+            Recorder.current.reported(trial, result)
+
+    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        if Recorder.current:
+            Recorder.current.completed(trial)
+
+    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        if Recorder.current:
+            Recorder.current.died(trial)

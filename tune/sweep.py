@@ -1,0 +1,387 @@
+"""From data to a registered recogniser by way of many trials: one sweep, whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ray import tune
+
+from osml_plugin import commands, tracking
+from osml_plugin.config import apply_override, make_config, read_yaml
+from osml_plugin.data import Items, Split, open_items, readable_items
+from osml_plugin.errors import OsmlError
+from osml_plugin.pipeline import check_choices, split_of
+from osml_plugin.training import epochs
+
+from .cluster_session import ray_session
+from .folds import SweepData, share, sweep_data
+from .live import LiveTable
+from .page import write_page
+from .recorder import LINES, Recorder
+from .results import Sweep, Trial
+from .settings import SweepConfig
+from .space import Space
+from .trial import Plan, trainable
+from .tuner import make_tuner
+from .winner import Winner, find_winner, write_config, write_winner
+
+ASKED, RESULT, TRIALS = "sweep.json", "result.json", "trials"
+EXPERIMENT = "osml"
+
+
+class Interrupted(OsmlError):
+    """The sweep was stopped before its trials had ended; it can be resumed."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a sweep was asked for; all that a resume needs beside the data and Ray's own files."""
+
+    id: str
+    data: str
+    split: dict[str, list[str]]
+    settings: SweepConfig
+    skip_bad: bool
+    register: str | None
+    tracking_uri: str
+    data_fingerprint: str
+
+    def write(self, file: Path) -> None:
+        values = self.__dict__ | {"settings": self.settings.model_dump(mode="json", exclude_unset=True)}
+        _write_json(file, values)
+
+    @classmethod
+    def read(cls, file: Path) -> Asked:
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            return cls(**values | {"settings": make_config(values["settings"], SweepConfig)})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise OsmlError(f"'{file}' is no sweep that can be resumed ({error}): start a new one") from error
+
+
+@dataclass(frozen=True)
+class Job:
+    """A sweep that is ready to run: `make_tuner(job.data, job.plan, storage=…)` gives its Tuner."""
+
+    asked: Asked
+    data: SweepData
+    plan: Plan
+    split: Split
+    items: Items
+    """All of the source, the test's too: for the driver alone, after the winner is found."""
+
+
+def sweep(
+    data: str | Path | None,
+    out: str | Path,
+    *,
+    split: str | Path | Split | None = None,
+    n_known: int | None = None,
+    loss: str | None = None,
+    config: str | Path | Mapping[str, Any] | None = None,
+    overrides: Iterable[str] = (),
+    trials: int | None = None,
+    seed: int | None = None,
+    alpha: float | None = None,
+    address: str | None = None,
+    register: str | None = None,
+    resume: bool = False,
+    skip_bad: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Search, make the best recogniser, test it once, and log all of it; returns what `osml tune --json` prints.
+
+    Args:
+        data, split, n_known, skip_bad: as for `osml_plugin.train`.
+        out: the sweep's folder: all that a resume needs, `best` (the bundle), `best.yaml`, `report.html`.
+        loss: its name; with its default space where the configuration names none.
+        config: a YAML file with the keys of `SweepConfig`, or its values; `trials`, `seed`, `alpha`, `address` and
+            `overrides` (of the training's configuration, such as `training.epochs=20`) win over it.
+        register: the registered model's name; the winner becomes its `challenger`.
+        resume: go on with the sweep in `out`, with all that it was asked; where there is none, begin.
+
+    Raises:
+        OsmlError: for bad input, before anything is trained or written; where no trial came through.
+        Interrupted: after Ctrl-C, with everything saved.
+    """
+    out = Path(out)
+    given = (config, overrides, loss, trials, seed, alpha, address)
+    if out.exists() and not resume:
+        raise OsmlError(f"'{out}' exists: pass --resume to go on with it, or choose another --out")
+    if (out / ASKED).is_file():
+        asked = Asked.read(out / ASKED)
+        if data is not None and str(Path(data).resolve()) != asked.data:
+            raise OsmlError(
+                f"the sweep in '{out}' is on '{asked.data}', not on '{data}': leave out --data, or start anew"
+            )
+        asked = replace(asked, register=register or asked.register)
+        if (out / RESULT).is_file():
+            result = json.loads((out / RESULT).read_text(encoding="utf-8"))
+            if result["registered"] == asked.register:
+                return result
+    elif data is None:
+        raise OsmlError(f"there is no sweep in '{out}' to resume: name the --data to start one")
+    else:
+        asked = Asked(
+            id=uuid.uuid4().hex[:12],
+            data=str(Path(data).resolve()),
+            split={},
+            settings=settings_of(*given),
+            skip_bad=skip_bad,
+            register=register,
+            tracking_uri=tracking.tracking_uri(),
+            data_fingerprint="",
+        )
+    os.environ["MLFLOW_TRACKING_URI"] = asked.tracking_uri
+    tracking.check_tracking(asked.tracking_uri)
+    job = prepare(asked, split, n_known, progress)
+    with ray_session(asked.settings.address, asked.settings.resources):
+        job = replace(job, data=share(job.data, job.asked.settings.config, progress=progress))
+        out.mkdir(parents=True, exist_ok=True)
+        job.asked.write(out / ASKED)
+        return _run(job, out, progress)
+
+
+def settings_of(
+    config: str | Path | Mapping[str, Any] | None,
+    overrides: Iterable[str],
+    loss: str | None,
+    trials: int | None,
+    seed: int | None,
+    alpha: float | None,
+    address: str | None,
+) -> SweepConfig:
+    """The sweep's settings of a file or values, and of what was said beside it."""
+    values = dict(config) if isinstance(config, Mapping) else read_yaml(config) if config is not None else {}
+    base = values["config"] = dict(values.get("config") or {})
+    if loss is not None:
+        if "loss" in (values.get("space") or {}):
+            raise OsmlError("the sweep's space names the losses already: leave out --loss, or take 'loss' out of it")
+        base["loss"] = loss
+    for override in overrides:
+        apply_override(base, override)
+    base.update({k: v for k, v in (("seed", seed), ("alpha", alpha)) if v is not None})
+    values.update({k: v for k, v in (("trials", trials), ("address", address)) if v is not None})
+    return make_config(values, SweepConfig)
+
+
+def prepare(asked: Asked, split: str | Path | Split | None, n_known: int | None, progress: bool) -> Job:
+    """Open the data, draw the folds, and check that all of it can work, before anything is trained."""
+    settings = asked.settings
+    config = settings.config
+    space = Space(settings.space, config, levels=settings.levels)
+    if settings.search == "pbt" and not space.movable:
+        raise OsmlError(
+            "pbt moves numbers of loss, miner and optimizer while trials run, and the space has none: search one, "
+            "such as optimizer.lr, or use search optuna"
+        )
+    items = open_items(asked.data)
+    split = Split.from_dict(asked.split) if asked.split else split_of(split, items, n_known, config.seed)
+    items, survey = readable_items(items, asked.skip_bad, progress)
+    fingerprint = items.fingerprint()
+    if asked.data_fingerprint not in ("", fingerprint):
+        raise OsmlError(f"'{asked.data}' has changed since this sweep began: start a new one with another --out")
+    n_epochs = epochs(config, 0 if survey is None else 1)
+    data = sweep_data(items, survey, split, config, settings.folds)
+    if settings.winner == "as-is" and not data.own:
+        raise OsmlError(
+            "the winner cannot be taken as it is: the split names no pseudo-unknown classes, so every trial holds out "
+            "some known ones; name some, or use winner: retrain"
+        )
+    check_choices(config, data.folds[0].split, n_epochs)
+    asked = replace(asked, split=split.to_dict(), data_fingerprint=fingerprint)
+    return Job(asked, data, Plan(settings, space, n_epochs), split, items)
+
+
+def _run(job: Job, out: Path, progress: bool) -> dict[str, Any]:
+    asked, settings = job.asked, job.asked.settings
+    blank = Sweep([], job.plan.space.dimensions, settings.objective, settings.trials, _facts(job))
+    runs = tracking.SweepRuns(asked.tracking_uri, os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT), asked.id)
+    run_id = runs.start(out.name, _flat(settings.model_dump(mode="json")), _tags(job))
+    table = LiveTable() if progress else None
+
+    def store(sweep: Sweep, trial: Trial) -> None:
+        runs.record(
+            trial.id,
+            number=trial.number,
+            params=trial.params,
+            history=trial.history,
+            status=trial.status,
+            error=trial.error,
+            extra_tags={"chosen": json.dumps(trial.chosen)} if trial.chosen else {},
+        )
+        if table:
+            table.update(sweep)
+
+    recorder = Recorder(out / LINES, blank, job.plan.epochs, [store])
+    ended = "FAILED"
+    try:
+        try:
+            results = _fit(job, out, recorder)
+        finally:
+            if table:
+                table.stop()
+        swept = recorder.sweep
+        runs.drop({t.id for t in swept.trials})
+        open_ones = sum(t.status in ("running", "waiting") for t in swept.trials)
+        if open_ones or len(swept.trials) < settings.trials:
+            ended = "KILLED"
+            raise Interrupted(
+                f"interrupted with {len(swept.trials) - open_ones} of {settings.trials} trials ended; all is saved: "
+                f"osml tune --out {out} --resume goes on"
+            )
+        result = _finish(job, out, swept, results, run_id, progress)
+        ended = "FINISHED"
+    except KeyboardInterrupt:
+        ended = "KILLED"
+        raise Interrupted(f"interrupted; all is saved: osml tune --out {out} --resume goes on") from None
+    finally:
+        if ended != "FINISHED":
+            runs.close(ended)
+    files = [out / name for name in ("best.yaml", "report.html", RESULT) if (out / name).is_file()]
+    runs.close("FINISHED", _prefixed(result), {"best_trial": result["best"]["trial"]}, files)
+    return result
+
+
+def _fit(job: Job, out: Path, recorder: Recorder) -> tune.ResultGrid:
+    """Run the trials, or those that are left."""
+    # A trial that began after the last snapshot is drawn again on a resume: take one often.
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "2")
+    storage = job.asked.settings.storage or str(out.resolve())
+    name = TRIALS if job.asked.settings.storage is None else f"{out.name}-{job.asked.id}"
+    path = f"{storage.rstrip('/')}/{name}"
+    Recorder.current = recorder
+    try:
+        if tune.Tuner.can_restore(path):
+            tuner = tune.Tuner.restore(path, trainable(job.data, job.plan), resume_errored=True)
+        else:
+            tuner = make_tuner(job.data, job.plan, storage=storage, name=name)
+        return tuner.fit()
+    finally:
+        Recorder.current = None
+
+
+def _finish(job: Job, out: Path, swept: Sweep, results: tune.ResultGrid, run_id: str, progress: bool) -> dict[str, Any]:
+    """The winner's bundle, its one test, the page, the registry."""
+    asked, counts = job.asked, Counter(t.status for t in swept.trials)
+    ranked = swept.ranked()
+    if not ranked:
+        write_page(out / "report.html", swept)
+        first = next((t.error for t in swept.trials if t.error), "no reason was left")
+        raise OsmlError(f"none of {len(swept.trials)} trials came through; the first failed with: {first}")
+    winner = find_winner(ranked, results, job.plan)
+    bundle = out / "best"
+    write_config(winner.config, out / "best.yaml")
+    write_winner(
+        winner,
+        bundle,
+        source=asked.data,
+        split=job.split,
+        data=job.data,
+        plan=job.plan,
+        data_fingerprint=asked.data_fingerprint,
+        skip_bad=asked.skip_bad,
+        progress=progress,
+    )
+    test = _tested(job, bundle, progress)
+    write_page(out / "report.html", swept, {"validation": winner.figures, "test": test})
+    version = None
+    tags = {"sweep": asked.id, "data_path": asked.data, "validation_oscr": f"{winner.figures['oscr']:.6f}"}
+    uri, version = tracking.log_bundle(bundle, run_id=run_id, register=asked.register, tags=tags)
+    result = {
+        "trials": len(swept.trials),
+        "finished": counts["finished"],
+        "stopped": counts["stopped"],
+        "failed": counts["failed"],
+        "failures": {t.number: t.error for t in swept.trials if t.status == "failed"},
+        "best": _described(winner),
+        "validation": winner.figures,
+        "test": test,
+        "bundle": str(bundle),
+        "report": str(out / "report.html"),
+        "tracking_uri": asked.tracking_uri,
+        "run_id": run_id,
+        "model": uri,
+        "registered": asked.register,
+        "model_version": version,
+    }
+    _write_json(out / RESULT, result)
+    return result
+
+
+def _tested(job: Job, bundle: Path, progress: bool) -> dict[str, Any] | None:
+    """The figures on test items, looked at once; None where the source holds none."""
+    try:
+        evaluation, _ = commands.evaluate(
+            bundle, job.asked.data, split=job.split, skip_bad=job.asked.skip_bad, progress=progress
+        )
+    except OsmlError as error:
+        print(f"osml: warning: not tested: {error}", file=sys.stderr)
+        return None
+    return evaluation.to_dict()
+
+
+def _described(winner: Winner) -> dict[str, Any]:
+    return {
+        "trial": winner.trial.number,
+        "id": winner.trial.id,
+        "epoch": winner.epoch,
+        "params": winner.trial.params,
+        "chosen": winner.chosen,
+    }
+
+
+def _facts(job: Job) -> dict[str, Any]:
+    settings = job.asked.settings
+    return {
+        "data": job.asked.data,
+        "data fingerprint": job.asked.data_fingerprint,
+        "split": job.split.to_dict(),
+        "folds": [f.split.to_dict() for f in job.data.folds],
+        "items": {role: len(getattr(job.data.folds[0].roles, role)) for role in ("train", "calibration", "validation")},
+        "epochs": job.plan.epochs,
+        "search": settings.search,
+        "seed": settings.config.seed,
+        "alpha": settings.config.alpha,
+    }
+
+
+def _tags(job: Job) -> dict[str, str]:
+    facts = _facts(job)
+    return {name.replace(" ", "_"): v if isinstance(v, str) else json.dumps(v) for name, v in facts.items()}
+
+
+def _prefixed(result: dict[str, Any]) -> dict[str, float]:
+    """The winner's figures under names that tell validation from test."""
+    found = {}
+    for part in ("validation", "test"):
+        for name, value in _flat(result[part] or {}).items():
+            if isinstance(value, int | float) and not name.startswith("system/"):
+                found[f"{part}_{name}"] = value
+    return found
+
+
+def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    found = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value and key != "space":
+            found |= _flat(value, f"{before}{key}.")
+        else:
+            found[before + key] = yaml.safe_dump(value).strip() if isinstance(value, Mapping | list) else value
+    return found
+
+
+def _write_json(file: Path, values: Mapping[str, Any]) -> None:
+    """Whole, or not at all."""
+    aside = file.with_name(f".{file.name}.{os.getpid()}.part")
+    aside.write_text(json.dumps(values, indent=1, ensure_ascii=False, default=float), encoding="utf-8")
+    os.replace(aside, file)

@@ -1,0 +1,166 @@
+"""One trial: train on every fold side by side, embed, search detectors and thresholds, report, write a checkpoint."""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray import tune
+
+from osml_plugin.config import Config
+from osml_plugin.errors import OsmlError
+from osml_plugin.pipeline import threshold_of, tried
+from osml_plugin.training_run import TrainingRun
+
+from .folds import SweepData
+from .judging import Embedded, Rule, judge
+from .settings import SweepConfig
+from .space import Space
+
+STATE = "state.pt"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all trials of a sweep have in common beside the data."""
+
+    settings: SweepConfig
+    space: Space
+    epochs: int
+    """Of a trial whose parameters do not say otherwise."""
+
+    @property
+    def longest(self) -> int:
+        """Epochs of the longest trial."""
+        searched = [d for d in self.space.dimensions if d.name == "training.epochs"]
+        return max([int(d.high) if d.kind != "choice" else max(d.choices) for d in searched], default=self.epochs)
+
+    @property
+    def evaluate_every(self) -> int:
+        every = self.settings.evaluate_every
+        return max(1, round(self.epochs / 8)) if every == "auto" else every
+
+    def detectors(self, config: Config) -> list[Rule]:
+        """The detectors that a trial tries on its embeddings."""
+        return self.space.inner_detectors or tried(config)
+
+    def rules(self, config: Config) -> list[Rule]:
+        """The threshold rules that a trial tries."""
+        named = self.space.inner_thresholds or [(config.threshold.name, config.threshold.args)]
+        made = [threshold_of(with_part(config, "threshold", *rule)) for rule in named]
+        return [(threshold.name, threshold.params) for threshold in made]
+
+
+DRAWN = "drawn"
+"""Under which a trial's parameters lie where they were all drawn beforehand."""
+
+
+def params_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A trial's parameters, of what Ray Tune hands it."""
+    return config.get(DRAWN, config)
+
+
+def run_trial(config: Mapping[str, Any], data: SweepData, plan: Plan) -> None:
+    """What Ray Tune runs. What a configuration cannot do (a loss that diverges, arguments that are refused) ends the
+    trial as failed, with the reason reported; what befalls the machine is left to Ray, which takes the trial up again.
+    """
+    try:
+        _run(params_of(config), data, plan)
+    except OsmlError as error:
+        checkpoint = tune.get_checkpoint()
+        epoch = _load(checkpoint)["epoch"] if checkpoint else 0
+        tune.report({"epoch": epoch, plan.settings.objective: 0.0, "error": " ".join(str(error).split())})
+
+
+def _run(params: Mapping[str, Any], data: SweepData, plan: Plan) -> None:
+    config = plan.space.config(params)
+    torch.set_num_threads(max(1, int(plan.settings.resources.cpu)))
+    runs = fold_runs(config, data)
+    if checkpoint := tune.get_checkpoint():
+        state = _load(checkpoint)
+        for run, saved in zip(runs, state["folds"], strict=True):
+            run.load_state(saved)
+    n_epochs = runs[0].n_epochs
+    trained, since = 0.0, time.perf_counter()
+    while True:
+        if runs[0].epoch < n_epochs:
+            loss = sum(run.advance() for run in runs) / len(runs)
+            if runs[0].epoch % plan.evaluate_every and runs[0].epoch < n_epochs:
+                continue
+        else:
+            loss = 0.0  # nothing is trained: embeddings are taken as they are
+        trained, since = time.perf_counter() - since, time.perf_counter()
+        folds = [Embedded(run.embed(), run.data.labels) for run in runs]
+        embedded, since = time.perf_counter() - since, time.perf_counter()
+        objective = plan.settings.objective
+        judged = judge(folds, plan.detectors(config), plan.rules(config), objective=objective, seed=config.seed)
+        if not math.isfinite(judged.figures[objective]):
+            raise OsmlError(f"{objective} is {judged.figures[objective]} in epoch {runs[0].epoch}")
+        found, since = time.perf_counter() - since, time.perf_counter()
+        best = judged.best
+        with tempfile.TemporaryDirectory() as folder:
+            torch.save({"epoch": runs[0].epoch, "folds": [run.state() for run in runs]}, Path(folder, STATE))
+            figures: dict[str, Any] = judged.figures | {
+                "epoch": runs[0].epoch,
+                "loss": loss,
+                "train_seconds": trained,
+                "embed_seconds": embedded,
+                "judge_seconds": found,
+                "combinations": judged.n_combinations,
+                **_system_figures(),
+            }
+            threshold = {"name": judged.threshold[0], "params": judged.threshold[1]}
+            chosen = {"output": best.output, "detector": best.detector, "params": best.params, "threshold": threshold}
+            more = {"reported": list(figures), "chosen": chosen, "curve": judged.curve}
+            tune.report(figures | more, checkpoint=tune.Checkpoint.from_directory(folder))
+        if runs[0].epoch >= n_epochs:
+            return
+        since = time.perf_counter()
+
+
+def fold_runs(config: Config, data: SweepData) -> list[TrainingRun]:
+    return [TrainingRun(data.of_fold(fold, config), config, progress=False) for fold in data.folds]
+
+
+def load_run(config: Config, data: SweepData, checkpoint: tune.Checkpoint) -> TrainingRun:
+    """The first fold's run as a checkpoint of a trial holds it."""
+    run = TrainingRun(data.of_fold(data.folds[0], config), config, progress=False)
+    run.load_state(_load(checkpoint)["folds"][0])
+    return run
+
+
+def with_part(config: Config, field: str, name: str, params: Mapping[str, Any]) -> Config:
+    """The configuration with another detector or threshold."""
+    part = type(config.threshold)(name=name, **params)
+    return config.model_copy(update={field: part})
+
+
+def _load(checkpoint: tune.Checkpoint) -> dict[str, Any]:
+    with checkpoint.as_directory() as folder:
+        return torch.load(Path(folder, STATE), map_location="cpu", weights_only=True)
+
+
+def _system_figures() -> dict[str, float]:
+    """The trial's own process, under the prefix by which MLflow tells such figures."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    figures = {"system/process_memory_megabytes": peak / (2**20 if sys.platform == "darwin" else 2**10)}
+    figures["system/process_cpu_seconds"] = sum(os.times()[:2])
+    if torch.cuda.is_available():
+        figures["system/gpu_memory_megabytes"] = torch.cuda.max_memory_allocated() / 2**20
+    return figures
+
+
+def trainable(data: SweepData, plan: Plan) -> Any:
+    """What a `tune.Tuner` takes: `run_trial` with its data in the object store, and the resources of a trial."""
+    resources = plan.settings.resources
+    bundle = {"CPU": resources.cpu} | ({"GPU": resources.gpu} if resources.gpu else {})
+    return tune.with_resources(tune.with_parameters(run_trial, data=data, plan=plan), bundle)
