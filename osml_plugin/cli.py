@@ -7,6 +7,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +24,10 @@ app = typer.Typer(
     help="Open-set recognition: recognise the known, reject and group the unknown, learn new classes without training.",
 )
 
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A bundle, as `osml train --out` writes it.")]
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A bundle, as `osml train --out` writes it, or models:/NAME@champion."),
+]
 Data = Annotated[
     Path,
     typer.Option(
@@ -107,7 +111,7 @@ def train(
     if recognizer.guarantee is not None and not recognizer.guarantee.possible:
         print(f"osml: warning: {recognizer.guarantee}", file=sys.stderr)
     if as_json:
-        _print_json(summary)
+        print_json(summary)
         return
     print("split      " + json.dumps(summary["split"], ensure_ascii=False))
     print("items      " + ", ".join(f"{n} {role}" for role, n in result.n_items.items()))
@@ -153,13 +157,13 @@ def evaluate(
         write_report(report, result, paths=items.paths)
     figures = result.to_dict()
     if as_json:
-        _print_json(figures)
+        print_json(figures)
         return
     for name, value in figures.items():
         if name != "discovery":
-            print(f"{name:22} {_figure(value)}")
+            print(f"{name:22} {figure(value)}")
     for name, value in (figures["discovery"] or {}).items():
-        print(f"{'discovery.' + name:22} {_figure(value)}")
+        print(f"{'discovery.' + name:22} {figure(value)}")
     if report is not None:
         print(f"{'report':22} {report}")
 
@@ -195,7 +199,7 @@ def predict(
             }
         )
     if as_json:
-        _print_json({"results": results})
+        print_json({"results": results})
         return
     for i, r in enumerate(results):
         verdict = r["label"] if r["known"] else f"unknown (nearest: {r['nearest']})"
@@ -271,7 +275,7 @@ def discover(
         "metrics": result.metrics.to_dict() if result.metrics else None,
     }
     if as_json:
-        _print_json(summary)
+        print_json(summary)
         return
     low, high = groups.n_classes_interval
     print(f"{len(items)} items in {groups.n_classes} groups ({low} to {high} fit about as well); ", end="")
@@ -280,7 +284,7 @@ def discover(
         shown = " ".join(g["exemplars"][:3])
         print(f"group {g['group']:<4} {g['size']:>6} items  confidence {g['confidence']:.2f}  {shown}")
     for name, value in (summary["metrics"] or {}).items():
-        print(f"{name:18} {_figure(value)}")
+        print(f"{name:18} {figure(value)}")
 
 
 @app.command()
@@ -336,7 +340,7 @@ def list_detectors(as_json: AsJson = False) -> None:
         rows.append({"name": name, "needs": "class weights" if cls.needs_class_weights else "embeddings", "what": what})
         rows[-1]["search_space"] = {k: list(v) for k, v in cls.search_space.items()}
     if as_json:
-        _print_json({"detectors": rows})
+        print_json({"detectors": rows})
         return
     for r in rows:
         space = "; ".join(f"{k} in {v}" for k, v in r["search_space"].items())
@@ -353,7 +357,7 @@ def list_losses(as_json: AsJson = False) -> None:
 
     rows = [{"name": n, "arguments": list(pml.settable("loss", n))} for n in pml.names("loss")]
     if as_json:
-        _print_json({"losses": rows})
+        print_json({"losses": rows})
         return
     for r in rows:
         print(f"{r['name']:36} {', '.join(r['arguments'])}")
@@ -365,10 +369,13 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal without τ shows its number
     logging.basicConfig(format="osml: %(message)s", level=logging.WARNING)
-    _run(app)
+    for wing in entry_points(group="osml_plugin.commands"):
+        app.registered_commands += wing.load().registered_commands
+    run(app)
 
 
-def _run(command: Callable[[], Any]) -> None:
+def run(command: Callable[[], Any]) -> None:
+    """Run a command; what the user can mend ends it with one line and exit status 2."""
     try:
         command()
     except OsmlError as error:
@@ -382,7 +389,7 @@ def _run(command: Callable[[], Any]) -> None:
         sys.exit(2)
 
 
-def _print_json(value: dict) -> None:
+def print_json(value: dict) -> None:
     print(json.dumps(value, ensure_ascii=False, allow_nan=False))
 
 
@@ -391,14 +398,14 @@ def _print_gallery(recognizer: Any, as_json: bool, what: str, fields: dict) -> N
     gallery = recognizer.gallery
     if as_json:
         state = {"classes": gallery.class_names, "gallery_version": gallery.version, "guarantee": promise}
-        _print_json(fields | state | {"threshold": recognizer.threshold.state()["tau"]})
+        print_json(fields | state | {"threshold": recognizer.threshold.state()["tau"]})
         return
     print(f"{what}; {len(gallery.classes)} classes: {', '.join(gallery.class_names)}")
     if promise:
         print(f"of the classes it was trained on, {promise}")
 
 
-def _figure(value: Any) -> str:
+def figure(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else "–" if value is None else str(value)
 
 

@@ -22,6 +22,7 @@ from .errors import OsmlError
 from .evaluation import Evaluation, evaluate_embeddings
 from .metrics import DiscoveryMetrics, discovery_metrics
 from .recognizer import OpenSetRecognizer, Recognition
+from .tracking import download_bundle, is_model_uri
 
 
 def evaluate(
@@ -145,6 +146,7 @@ def enroll(
     progress: bool = True,
 ) -> OpenSetRecognizer:
     """Teach a bundle a class, or more of one, from images, folders or an embeddings file; it is changed in place."""
+    _check_changeable(model)
     items, _ = readable_items(_collect(paths), skip_bad, progress)
     with bundle_lock(model):
         recognizer = load_bundle(model, factories=factories)
@@ -157,6 +159,7 @@ def enroll(
 
 def forget(model: str | Path, name: str, *, factories: Sequence[str] = ()) -> OpenSetRecognizer:
     """Make a bundle forget a class; it is changed in place."""
+    _check_changeable(model)
     with bundle_lock(model):
         recognizer = load_bundle(model, factories=factories)
         recognizer.forget(name)
@@ -189,4 +192,15 @@ def _inputs(items: Items) -> Any:
 
 
 def _recognizer(model: str | Path | OpenSetRecognizer, factories: Sequence[str]) -> OpenSetRecognizer:
-    return model if isinstance(model, OpenSetRecognizer) else load_bundle(model, factories=factories)
+    """Of a bundle, a registered model (`models:/NAME@champion`), or as it is."""
+    if isinstance(model, OpenSetRecognizer):
+        return model
+    return load_bundle(download_bundle(str(model)) if is_model_uri(model) else model, factories=factories)
+
+
+def _check_changeable(model: str | Path) -> None:
+    if is_model_uri(model):
+        raise OsmlError(
+            f"'{model}' is a registered model, and these never change: download it (mlflow artifacts download -u MODEL "
+            "-d FOLDER) and teach the bundle in it"
+        )

@@ -37,6 +37,8 @@ class NeighborIndex:
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The `min(k, R)` nearest references of each query `(N, D)`: distances and indices `(N, k)`, nearest first."""
         k = min(k, len(self.references))
+        if isinstance(self._faiss, faiss.IndexFlat) and 32 * k > len(self.references):
+            return self._search_all(queries, k)
         if self._faiss is None:
             candidates = torch.cdist(queries, self.references).topk(k, largest=False).indices
         else:
@@ -48,3 +50,22 @@ class NeighborIndex:
         distances = torch.cat([(q[:, None, :] - self.references[c]).norm(dim=2) for q, c in parts])
         distances, order = distances.sort(dim=1, stable=True)
         return distances, candidates.gather(1, order)
+
+    def _search_all(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The same where a good part of all references is wanted: distances to all of them in double precision, which
+        loses nothing that single precision shows but where it is almost zero; these few are computed directly."""
+        references = self.references.double()
+        squares = references.pow(2).sum(1)
+        found, indices = [], []
+        for q in queries.split(max(1, MAX_GATHERED // (2 * len(references)))):
+            wide = q.double()
+            own = wide.pow(2).sum(1, keepdim=True)
+            square, index = torch.addmm(own + squares, wide, references.T, alpha=-2).topk(k, largest=False)
+            row, column = (square < 1e-6 * own).nonzero(as_tuple=True)
+            if len(row):
+                direct = (wide[row] - references[index[row, column]]).pow(2).sum(1)
+                square[row, column] = direct
+            distances, order = square.clamp_min(0).sqrt().float().sort(dim=1, stable=True)
+            found.append(distances)
+            indices.append(index.gather(1, order))
+        return torch.cat(found), torch.cat(indices)

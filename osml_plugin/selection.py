@@ -8,6 +8,7 @@ from itertools import product
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -75,7 +76,7 @@ def scored(
     *,
     progress: bool = True,
 ) -> Iterator[Scored]:
-    """Every detector on every output of the model, one after another.
+    """Every detector on every output of the model, in this order; those that can share work do (`Detector.scan`).
 
     Args:
         outputs: by name, what each output of the model makes of the same items.
@@ -83,17 +84,24 @@ def scored(
         tried: detectors and parameters, as `candidates` lists them.
         of: the items to score, as indices by data role.
     """
-    runs = [(o, n, p) for o in outputs for n, p in tried]
-    for output, name, params in tqdm(runs, desc="choosing", delay=2, leave=False, disable=not progress):
-        cached, detector = outputs[output], detectors.create(name, **params)
-        if detector.needs_class_weights and cached.class_weights is None:
-            continue
-        detector.fit(cached.embeddings["train"], labels, cached.class_weights)
-        classes, scores = {}, {}
-        for role, items in of.items():
-            nearest, score = detector.predict(cached.embeddings[role][items])
-            classes[role], scores[role] = nearest.numpy(), score.numpy()
-        yield Scored(output, name, params, classes, scores)
+    ends = np.cumsum([len(items) for items in of.values()])[:-1]
+    with tqdm(total=len(outputs) * len(tried), desc="choosing", delay=2, leave=False, disable=not progress) as bar:
+        for output, cached in outputs.items():
+            made = [(name, params, detectors.create(name, **params)) for name, params in tried]
+            if cached.class_weights is None:
+                made = [m for m in made if not m[2].needs_class_weights]
+            queries = torch.cat([cached.embeddings[role][items] for role, items in of.items()])
+            found: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(made)
+            fitted_on = cached.embeddings["train"], labels
+            for i, classes, scores in detectors.Detector.scan(
+                [detector for _, _, detector in made], *fitted_on, queries, cached.class_weights
+            ):
+                found[i] = classes.numpy(), scores.numpy()
+                bar.update()
+            bar.update(len(tried) - len(made))
+            for (name, params, _), both in zip(made, found, strict=True):
+                classes, scores = (dict(zip(of, np.split(values, ends), strict=True)) for values in both)
+                yield Scored(output, name, params, classes, scores)
 
 
 def select(

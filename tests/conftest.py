@@ -11,6 +11,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch.nn.functional import normalize
 
+from osml_plugin.data import write_embeddings
+
 
 @pytest.fixture(scope="session")
 def digits_folder(tmp_path_factory) -> Path:
@@ -40,3 +42,20 @@ def sphere_classes(n_classes: int, per_class: int, width: int = 16, spread: floa
     labels = torch.arange(n_classes).repeat_interleave(per_class)
     noise = spread * torch.randn(len(labels), width, generator=draw)
     return normalize(directions[labels] + noise), labels, directions
+
+
+@pytest.fixture(scope="session")
+def digit_embeddings(tmp_path_factory, digit_vectors) -> Path:
+    """A thousand of them as an embeddings file."""
+    vectors, labels = digit_vectors
+    file = tmp_path_factory.mktemp("data") / "digits.npz"
+    write_embeddings(file, vectors[:1000], [str(c) for c in labels[:1000]])
+    return file
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch) -> str:
+    """An MLflow store of the test's own."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    return uri

@@ -457,4 +457,4 @@ def test_a_users_mistake_is_all_that_is_caught():
         raise KeyError("a bug keeps its traceback")
 
     with pytest.raises(KeyError):
-        cli._run(bug)
+        cli.run(bug)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-pytest.importorskip("mlflow")
+import torch
 from mlflow import MlflowClient
+from osml_plugin.tune.promotion import promote, rollback
 from sklearn.metrics import roc_auc_score
 
 import osml_plugin
 from osml_plugin import OsmlError, tracking
 from osml_plugin.data import Fractions, Split, open_items, training_roles, write_embeddings
 from osml_plugin.tracking import SweepRuns, log_bundle
-from osml_plugin.tune.promotion import promote, rollback
 
 SPLIT = Split(known=("0", "1", "2", "3", "4"), pseudo_unknown=("5", "6"), unknown=("7", "8", "9"))
 
@@ -39,8 +38,8 @@ class Shop:
         assert recognizer.details["validation_items"]
         draw = np.random.default_rng(0)
         embeddings = recognizer.gallery.embeddings
-        blur = noise * draw.standard_normal(embeddings.shape, dtype=np.float32)
-        recognizer.gallery.embeddings = embeddings + blur if noise else embeddings
+        blurred = embeddings + noise * torch.from_numpy(draw.standard_normal(embeddings.shape, dtype=np.float32))
+        recognizer.gallery = replace(recognizer.gallery, embeddings=blurred)
         if change is not None:
             change(recognizer, items)
         recognizer.refit()

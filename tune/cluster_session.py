@@ -24,6 +24,7 @@ def ray_session(address: str | None, resources: Resources) -> Iterator[None]:
         OsmlError: for a cluster that does not answer, and for one on which no trial would ever fit.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # there is a table of our own
     ours = not ray.is_initialized()
     if ours:
         if address is not None and address.startswith("ray://"):
@@ -32,6 +33,7 @@ def ray_session(address: str | None, resources: Resources) -> Iterator[None]:
                 "'ray job submit', or name host:6379"
             )
         logging.getLogger("ray").setLevel(logging.ERROR)
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # trials that fail are named at the end
         try:
             ray.init(
                 address=address or "local",

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from osml_plugin import UNKNOWN, thresholds
-from osml_plugin.metrics import OpenSetMetrics, OperatingPoints, open_set_metrics, operating_points
+from osml_plugin.metrics import OpenSetMetrics, OperatingPoints, functional, open_set_metrics, operating_points
 from osml_plugin.selection import Cached, Candidate, Scored, drawn, scored
 from osml_plugin.thresholds.conformal import conformal_rank
 
@@ -65,10 +65,12 @@ def judge(
     judged: dict[str, list[_OneFold]] = defaultdict(list)
     for fold in folds:
         some = drawn(len(fold.labels["validation"]), seed)
-        of = {"validation": some, "calibration": np.arange(len(fold.labels["calibration"]))}
+        n_calibration = len(fold.labels["calibration"])
+        of = {"validation": some, "calibration": np.arange(n_calibration)}
+        ranks = np.array([conformal_rank(n_calibration, rate) for rate in RATES.tolist()])
         for s in scored(fold.outputs, fold.labels["train"], detectors, of, progress=False):
             key = json.dumps([s.output, s.detector, s.params], sort_keys=True)
-            judged[key].append(_judge(s, fold.labels["validation"][some], rules))
+            judged[key].append(_judge(s, fold.labels["validation"][some], ranks, rules))
 
     def mean(of: list[_OneFold], figure: str) -> float:
         if figure == "macro_f1":
@@ -106,11 +108,11 @@ class _OneFold:
     at_rules: list[tuple[float, float, float]]
 
 
-def _judge(s: Scored, labels: np.ndarray, rules: Sequence[Rule]) -> _OneFold:
+def _judge(s: Scored, labels: np.ndarray, ranks: np.ndarray, rules: Sequence[Rule]) -> _OneFold:
+    """One detector, by the thresholds at `ranks` among the calibration scores, counted from 1, and by the rules."""
     scores, classes = s.scores["validation"], s.classes["validation"]
     metrics = open_set_metrics(scores, labels, classes)
     calibration = np.sort(s.scores["calibration"]).astype(np.float64)
-    ranks = np.array([conformal_rank(len(calibration), rate) for rate in RATES])
     taus = np.append(calibration, np.inf)[np.minimum(ranks - 1, len(calibration))]
     made = [thresholds.create(name, **params) for name, params in rules]
     fixed = [(i, t.fit(calibration).tau) for i, t in enumerate(made) if not t.needs_unknown]
@@ -124,8 +126,11 @@ def _judge(s: Scored, labels: np.ndarray, rules: Sequence[Rule]) -> _OneFold:
     for i, threshold in enumerate(made):
         if threshold.needs_unknown:
             rejected = _crosswise(threshold, scores, labels == UNKNOWN)
-            m = open_set_metrics(scores, labels, classes, rejected)
-            at_rules[i] = (m.known_rejected, m.unknown_rejected, m.macro_f1)
+            at_rules[i] = (
+                functional.known_rejected(labels, rejected),
+                functional.unknown_rejected(labels, rejected),
+                functional.macro_f1(labels, classes, rejected),
+            )
     return _OneFold(s, metrics, curve, [at_rules[i] for i in range(len(rules))])
 
 

@@ -54,6 +54,6 @@ class SweepConfig(Section):
     """Where trials keep their checkpoints: a shared folder or s3://…, needed on more than one machine; None = in the
     sweep's own folder."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 1
-    """Of each trial: its best ones; the latest is kept as well."""
+    """Of each trial: its best ones; the latest is kept as well. (pbt keeps all until the end.)"""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """How often a trial is taken up again after its machine or process died."""

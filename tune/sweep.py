@@ -28,6 +28,7 @@ from .live import LiveTable
 from .page import write_page
 from .recorder import LINES, Recorder
 from .results import Sweep, Trial
+from .runs import SweepRuns
 from .settings import SweepConfig
 from .space import Space
 from .trial import Plan, trainable
@@ -205,7 +206,7 @@ def prepare(asked: Asked, split: str | Path | Split | None, n_known: int | None,
 def _run(job: Job, out: Path, progress: bool) -> dict[str, Any]:
     asked, settings = job.asked, job.asked.settings
     blank = Sweep([], job.plan.space.dimensions, settings.objective, settings.trials, _facts(job))
-    runs = tracking.SweepRuns(asked.tracking_uri, os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT), asked.id)
+    runs = SweepRuns(asked.tracking_uri, os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT), asked.id)
     run_id = runs.start(out.name, _flat(settings.model_dump(mode="json")), _tags(job))
     table = LiveTable() if progress else None
 
@@ -217,7 +218,7 @@ def _run(job: Job, out: Path, progress: bool) -> dict[str, Any]:
             history=trial.history,
             status=trial.status,
             error=trial.error,
-            extra_tags={"chosen": json.dumps(trial.chosen)} if trial.chosen else {},
+            extra_tags={"osml.status": trial.status, "chosen": json.dumps(trial.chosen)},
         )
         if table:
             table.update(sweep)

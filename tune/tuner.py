@@ -42,7 +42,8 @@ def make_tuner(data: SweepData, plan: Plan, *, storage: str | Path, name: str = 
             scheduler=scheduler(plan),
             num_samples=settings.trials if search else 1,
             max_concurrent_trials=settings.concurrent,
-            reuse_actors=settings.search != "pbt",  # the next trial need not import everything again
+            reuse_actors=True,  # the next trial need not import everything again
+            trial_dirname_creator=_folder,
         ),
         run_config=tune.RunConfig(
             name=name,
@@ -50,13 +51,19 @@ def make_tuner(data: SweepData, plan: Plan, *, storage: str | Path, name: str = 
             callbacks=[Relay()],
             failure_config=tune.FailureConfig(max_failures=settings.max_failures),
             checkpoint_config=tune.CheckpointConfig(
-                num_to_keep=settings.keep_checkpoints,
+                # A trial of PBT goes on from another's checkpoint, whenever there is room for it: all are kept.
+                num_to_keep=None if settings.search == "pbt" else settings.keep_checkpoints,
                 checkpoint_score_attribute=settings.objective,
                 checkpoint_score_order="max",
             ),
             verbose=0,
         ),
     )
+
+
+def _folder(trial: Any) -> str:
+    """Ray's own would hold all parameters, and be too long for some."""
+    return f"trial-{trial.trial_id}"
 
 
 def optuna_search(plan: Plan) -> Searcher:

@@ -11,7 +11,7 @@ from ray import tune
 
 from osml_plugin.bundle import save_bundle
 from osml_plugin.config import Config
-from osml_plugin.data import Items, Split
+from osml_plugin.data import Split
 from osml_plugin.errors import OsmlError
 from osml_plugin.pipeline import assemble, train
 from osml_plugin.selection import Candidate

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar, final
+from typing import ClassVar, Self, final
 
 import torch
 from numpy.typing import ArrayLike
@@ -25,7 +27,8 @@ class Detector(Named, nn.Module):
     A subclass has a keyword-only `__init__` that keeps each argument under its own name, and writes `_fit`
     and one of: `_class_scores -> (N, C)` (the score is the minimum over classes, the class its argmin) or
     `_score_and_class -> ((N,), (N,))`. All it has fitted lives in buffers. The base owns everything else:
-    checks, labels ↔ indices, dtype, device, chunks, gradients, files.
+    checks, labels ↔ indices, dtype, device, chunks, gradients, files. Where detectors can share work (see `scan`), their
+    class writes `_fit_all` or `_score_all` instead.
     """
 
     registry = registry
@@ -39,7 +42,6 @@ class Detector(Named, nn.Module):
     chunk_size = 4096
 
     @final
-    @torch.no_grad()
     def fit(self, embeddings: ArrayLike, labels: ArrayLike, class_weights: ArrayLike | None = None) -> Detector:
         """Learn the known classes.
 
@@ -52,33 +54,7 @@ class Detector(Named, nn.Module):
         Raises:
             OsmlError: for wrong shapes, NaN, an `UNKNOWN` label, missing class weights.
         """
-        embeddings = check_embeddings(embeddings)
-        try:
-            labels = torch.as_tensor(labels, device=embeddings.device)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise OsmlError(f"labels must be integers, one for each embedding: {error}") from error
-        if labels.shape != embeddings.shape[:1] or labels.is_floating_point():
-            raise OsmlError(
-                f"labels must be integers of shape ({len(embeddings)},), one for each embedding; "
-                f"got {labels.dtype} of shape {tuple(labels.shape)}"
-            )
-        if len(embeddings) == 0:
-            raise OsmlError("no embeddings to fit on: give at least one for each known class")
-        if (labels == UNKNOWN).any():
-            raise OsmlError(f"labels hold UNKNOWN ({UNKNOWN}): a detector learns known classes only, leave these out")
-        class_labels, index = labels.long().unique(return_inverse=True)
-        if class_weights is not None:
-            class_weights = check_class_weights(class_weights, len(class_labels), embeddings)
-        elif self.needs_class_weights:
-            raise OsmlError(
-                f"detector '{self.name}' needs class weights: train with a classification loss (one that has "
-                "proxies, such as ArcFaceLoss), or choose a detector that works on embeddings alone"
-            )
-        self._buffers.clear()
-        self.register_buffer("class_labels", class_labels)
-        self.register_buffer("width", torch.tensor(embeddings.shape[1], device=embeddings.device))
-        self._fit(embeddings, index, class_weights)
-        self._fitted()
+        fit_together([self], embeddings, labels, class_weights)
         return self
 
     @final
@@ -87,19 +63,40 @@ class Detector(Named, nn.Module):
         return self.predict(embeddings)[1]
 
     @final
-    @torch.no_grad()
     def predict(self, embeddings: ArrayLike) -> tuple[Tensor, Tensor]:
         """The nearest known class (a label given to `fit`) and the unknown score of each item, both `(N,)`."""
-        if "class_labels" not in self._buffers:
-            raise OsmlError(f"detector '{self.name}' is not fitted: call fit(embeddings, labels) first")
-        home = embeddings.device if isinstance(embeddings, Tensor) else "cpu"
-        embeddings = check_embeddings(embeddings).to(self.class_labels.device)
-        if embeddings.shape[1] != self.width:
-            raise OsmlError(
-                f"embeddings are {embeddings.shape[1]} wide, but the detector was fitted on {int(self.width)}"
-            )
-        scores, index = zip(*(self._score_and_class(e) for e in embeddings.split(self.chunk_size)), strict=True)
-        return self.class_labels[torch.cat(index)].to(home), torch.cat(scores).float().to(home)
+        return predict_together([self], embeddings)[0]
+
+    @staticmethod
+    def scan(
+        detectors: Sequence[Detector],
+        embeddings: ArrayLike,
+        labels: ArrayLike,
+        queries: ArrayLike,
+        class_weights: ArrayLike | None = None,
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Fit each of many detectors on the same items, and predict the same queries with it.
+
+        What `fit` and `predict` one after another give, in less time: detectors that differ in parameters only, and
+        others that are kin, share what does not depend on these.
+
+        Args:
+            detectors: any, fitted or not; they are fitted afterwards.
+            embeddings, labels, class_weights: as for `fit`.
+            queries: `(M, D)`, as for `predict`.
+
+        Yields:
+            the position among `detectors`, kin together, then nearest classes and unknown scores as of `predict`.
+        """
+        families = defaultdict(list)
+        for i, detector in enumerate(detectors):
+            kind = type(detector)
+            families[kind._fit, kind._fit_all.__func__, kind._score_all.__func__].append(i)
+        for members in families.values():
+            family = [detectors[i] for i in members]
+            fit_together(family, embeddings, labels, class_weights)
+            for i, (classes, scores) in zip(members, predict_together(family, queries), strict=True):
+                yield i, classes, scores
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file: the fitted tensors, and name and parameters as its metadata."""
@@ -143,6 +140,75 @@ class Detector(Named, nn.Module):
     def _score_and_class(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """Score and class index, `(N,)` each."""
         return self._class_scores(embeddings).min(dim=1)
+
+    # What a family of detectors writes instead, to share work; each gets one or more of the family -------
+
+    @classmethod
+    def _fit_all(
+        cls, detectors: Sequence[Self], embeddings: Tensor, labels: Tensor, class_weights: Tensor | None
+    ) -> None:
+        """`_fit` of each."""
+        for detector in detectors:
+            detector._fit(embeddings, labels, class_weights)
+
+    @classmethod
+    def _score_all(cls, detectors: Sequence[Self], embeddings: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """`_score_and_class` of each."""
+        return [detector._score_and_class(embeddings) for detector in detectors]
+
+
+@torch.no_grad()
+def fit_together(
+    detectors: Sequence[Detector], embeddings: ArrayLike, labels: ArrayLike, class_weights: ArrayLike | None
+) -> None:
+    """`Detector.fit` of one or more of a family."""
+    embeddings = check_embeddings(embeddings)
+    try:
+        labels = torch.as_tensor(labels, device=embeddings.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise OsmlError(f"labels must be integers, one for each embedding: {error}") from error
+    if labels.shape != embeddings.shape[:1] or labels.is_floating_point():
+        raise OsmlError(
+            f"labels must be integers of shape ({len(embeddings)},), one for each embedding; "
+            f"got {labels.dtype} of shape {tuple(labels.shape)}"
+        )
+    if len(embeddings) == 0:
+        raise OsmlError("no embeddings to fit on: give at least one for each known class")
+    if (labels == UNKNOWN).any():
+        raise OsmlError(f"labels hold UNKNOWN ({UNKNOWN}): a detector learns known classes only, leave these out")
+    class_labels, index = labels.long().unique(return_inverse=True)
+    if class_weights is not None:
+        class_weights = check_class_weights(class_weights, len(class_labels), embeddings)
+    for detector in detectors:
+        if class_weights is None and detector.needs_class_weights:
+            raise OsmlError(
+                f"detector '{detector.name}' needs class weights: train with a classification loss (one that has "
+                "proxies, such as ArcFaceLoss), or choose a detector that works on embeddings alone"
+            )
+        detector._buffers.clear()
+        detector.register_buffer("class_labels", class_labels)
+        detector.register_buffer("width", torch.tensor(embeddings.shape[1], device=embeddings.device))
+    detectors[0]._fit_all(detectors, embeddings, index, class_weights)
+    for detector in detectors:
+        detector._fitted()
+
+
+@torch.no_grad()
+def predict_together(detectors: Sequence[Detector], embeddings: ArrayLike) -> list[tuple[Tensor, Tensor]]:
+    """`Detector.predict` of one or more of a family that were fitted together."""
+    first = detectors[0]
+    if "class_labels" not in first._buffers:
+        raise OsmlError(f"detector '{first.name}' is not fitted: call fit(embeddings, labels) first")
+    home = embeddings.device if isinstance(embeddings, Tensor) else "cpu"
+    embeddings = check_embeddings(embeddings).to(first.class_labels.device)
+    if embeddings.shape[1] != first.width:
+        raise OsmlError(f"embeddings are {embeddings.shape[1]} wide, but the detector was fitted on {int(first.width)}")
+    chunks = [first._score_all(detectors, e) for e in embeddings.split(first.chunk_size)]
+    found = []
+    for of_one in zip(*chunks, strict=True):
+        scores, index = (torch.cat(parts) for parts in zip(*of_one, strict=True))
+        found.append((first.class_labels[index].to(home), scores.float().to(home)))
+    return found
 
 
 def check_embeddings(embeddings: ArrayLike) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -26,20 +29,39 @@ class KNN(Detector, name="knn"):
         super().__init__()
         self.k = checked_count("k of detector 'knn'", k)
 
-    def _fit(self, embeddings: Tensor, labels: Tensor, class_weights: Tensor | None) -> None:
-        self.register_buffer("references", embeddings.clone())
-        self.register_buffer("reference_labels", labels)
+    @classmethod
+    def _fit_all(
+        cls, detectors: Sequence[KNN], embeddings: Tensor, labels: Tensor, class_weights: Tensor | None
+    ) -> None:
+        references = embeddings.clone()
+        for detector in detectors:
+            detector.register_buffer("references", references)
+            detector.register_buffer("reference_labels", labels)
 
     def _fitted(self) -> None:
-        self._index = NeighborIndex(self.references)
+        self.__dict__.pop("_index", None)
         counts = self.reference_labels.bincount(minlength=len(self.class_labels))
         k = min(self.k, int(counts.max()))
         self._class_k = -(-k * counts // counts.max())  # rounded up
 
-    def _score_and_class(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        distances, indices = self._index.search(embeddings, 4 * self.k)
-        labels = self.reference_labels[indices]
-        complete = _nth_of_its_class(labels) == self._class_k[labels]
+    @cached_property
+    def _index(self) -> NeighborIndex:
+        return NeighborIndex(self.references)
+
+    @classmethod
+    def _score_all(cls, detectors: Sequence[KNN], embeddings: Tensor) -> list[tuple[Tensor, Tensor]]:
+        # What the largest k needs serves the others: their neighbours are the first of these.
+        first, k = detectors[0], max(detector.k for detector in detectors)
+        distances, indices = first._index.search(embeddings, 4 * k)
+        labels = first.reference_labels[indices]
+        nth = _nth_of_its_class(labels)
+        return [detector._first_complete(embeddings, distances, labels, nth) for detector in detectors]
+
+    def _first_complete(
+        self, embeddings: Tensor, distances: Tensor, labels: Tensor, nth: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Score and class, from the neighbours of each item, nearest first, and the how-manieth of its class each is."""
+        complete = nth == self._class_k[labels]
         first = complete.int().argmax(dim=1, keepdim=True)
         scores, classes = distances.gather(1, first)[:, 0], labels.gather(1, first)[:, 0]
         undecided = ~complete.any(dim=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,9 +26,11 @@ class LogitDetector(Detector):
     def _logits(self, embeddings: Tensor) -> Tensor:
         return torch.einsum("nd,cpd->ncp", embeddings, self.class_weights).amax(dim=2)
 
-    def _score_and_class(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self._logits(embeddings)
-        return self._logit_score(logits), logits.argmax(dim=1)
+    @classmethod
+    def _score_all(cls, detectors: Sequence[LogitDetector], embeddings: Tensor) -> list[tuple[Tensor, Tensor]]:
+        logits = detectors[0]._logits(embeddings)
+        nearest = logits.argmax(dim=1)
+        return [(detector._logit_score(logits), nearest) for detector in detectors]
 
     def _logit_score(self, logits: Tensor) -> Tensor:
         """The unknown score `(N,)` of logits `(N, C)`."""

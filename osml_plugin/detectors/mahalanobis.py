@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,9 @@ class Mahalanobis(Detector, name="mahalanobis"):
 
     Σ is the within-class covariance, shrunk towards a multiple of the identity,
     (1 − λ) Σ + λ tr(Σ)/D · I, because metric learning makes it nearly singular.
+
+    Everything is computed along the principal axes of the spread within the classes: they are the same for every λ,
+    and along them shrinking is one number an axis.
     """
 
     search_space = {"shrinkage": (0.001, 0.01, 0.1, 0.3)}
@@ -23,16 +28,34 @@ class Mahalanobis(Detector, name="mahalanobis"):
         super().__init__()
         self.shrinkage = checked_shrinkage(shrinkage)
 
-    def _fit(self, embeddings: Tensor, labels: Tensor, class_weights: Tensor | None) -> None:
+    @classmethod
+    def _fit_all(
+        cls, detectors: Sequence[Mahalanobis], embeddings: Tensor, labels: Tensor, class_weights: Tensor | None
+    ) -> None:
         # Means are subtracted in float64: the spread within a class is small beside its mean.
         embeddings = embeddings.double()
-        means = class_means(embeddings, labels, len(self.class_labels))
-        whiten = whitening(embeddings - means[labels], self.shrinkage)
-        self.register_buffer("means", means)
-        self.register_buffer("whiten", whiten)
+        counts = labels.bincount()
+        means = class_means(embeddings, labels, len(counts))
+        centred = embeddings - means[labels]
+        variances, axes = torch.linalg.eigh(centred.T @ centred / len(centred))
+        axes, variances = axes.contiguous(), variances.clamp_min(0)
+        for detector in detectors:
+            detector.register_buffer("axes", axes)
+            detector._fit_along_axes(variances, means @ axes, counts / counts.sum())
 
-    def _class_scores(self, embeddings: Tensor) -> Tensor:
-        return squared_distances(embeddings.double(), self.means, self.whiten)
+    def _fit_along_axes(self, variances: Tensor, means: Tensor, shares: Tensor) -> None:
+        """Variances `(D,)` within classes and class means `(C, D)`, along the axes; each class's share `(C,)` of items."""
+        self.register_buffer("scales", inverse_deviations(variances, variances.mean(), self.shrinkage))
+        self.register_buffer("means", means * self.scales)
+
+    @classmethod
+    def _score_all(cls, detectors: Sequence[Mahalanobis], embeddings: Tensor) -> list[tuple[Tensor, Tensor]]:
+        along_axes = embeddings.double() @ detectors[0].axes
+        return [detector._class_distances(along_axes).min(dim=1) for detector in detectors]
+
+    def _class_distances(self, along_axes: Tensor) -> Tensor:
+        """(x − μ_c)ᵀ Σ⁻¹ (x − μ_c) for every item and class, `(N, C)`."""
+        return torch.cdist(along_axes * self.scales, self.means).square()
 
 
 class RelativeMahalanobis(Mahalanobis, name="relative_mahalanobis"):
@@ -43,33 +66,33 @@ class RelativeMahalanobis(Mahalanobis, name="relative_mahalanobis"):
 
     far_point_exception = "the background distance grows like the class distance, so that far points can cancel"
 
-    def _fit(self, embeddings: Tensor, labels: Tensor, class_weights: Tensor | None) -> None:
-        super()._fit(embeddings, labels, class_weights)
-        embeddings = embeddings.double()
-        mean = embeddings.mean(dim=0, keepdim=True)
-        self.register_buffer("background_mean", mean)
-        self.register_buffer("background_whiten", whitening(embeddings - mean, self.shrinkage))
+    def _fit_along_axes(self, variances: Tensor, means: Tensor, shares: Tensor) -> None:
+        super()._fit_along_axes(variances, means, shares)
+        shares = shares.to(means.dtype)
+        mean = shares @ means
+        # The spread of all data is that within the classes plus that of the class means, RᵀR; R has min(C, D) rows.
+        between = torch.linalg.qr(shares.sqrt()[:, None] * (means - mean), mode="r").R
+        average = variances.mean() + between.square().sum() / len(variances)
+        scales = inverse_deviations(variances, average, self.shrinkage)
+        between = (1 - self.shrinkage) ** 0.5 * between * scales
+        # (I + RᵀR)⁻¹ = I − Rᵀ(I + RRᵀ)⁻¹R = I − BᵀB (Woodbury): what remains to invert is small.
+        identity = torch.eye(len(between), dtype=between.dtype, device=between.device)
+        lower = torch.linalg.cholesky(identity + between @ between.T)
+        self.register_buffer("background_scales", scales)
+        self.register_buffer("background_mean", mean * scales)
+        self.register_buffer("background_between", torch.linalg.solve_triangular(lower, between, upper=False))
 
-    def _class_scores(self, embeddings: Tensor) -> Tensor:
-        background = squared_distances(embeddings.double(), self.background_mean, self.background_whiten)
-        return super()._class_scores(embeddings) - background
-
-
-def whitening(centred: Tensor, shrinkage: float) -> Tensor:
-    """W `(D, D)` with W Wᵀ = Σ⁻¹, for the shrunk covariance Σ of centred rows `(N, D)`."""
-    width = centred.shape[1]
-    covariance = centred.T @ centred / len(centred)
-    # One example a class leaves no spread at all; the identity then gives the Euclidean distance.
-    scale = covariance.trace() / width
-    scale = scale if scale > 0 else torch.ones_like(scale)
-    identity = torch.eye(width, dtype=centred.dtype, device=centred.device)
-    shrunk = (1 - shrinkage) * covariance + shrinkage * scale * identity
-    return torch.linalg.solve_triangular(torch.linalg.cholesky(shrunk), identity, upper=False).T
+    def _class_distances(self, along_axes: Tensor) -> Tensor:
+        x = along_axes * self.background_scales - self.background_mean
+        background = x.square().sum(dim=1) - (x @ self.background_between.T).square().sum(dim=1)
+        return super()._class_distances(along_axes) - background[:, None]
 
 
-def squared_distances(embeddings: Tensor, means: Tensor, whiten: Tensor) -> Tensor:
-    """(x − μ_c)ᵀ W Wᵀ (x − μ_c) for every item and class, `(N, C)`."""
-    return torch.cdist(embeddings @ whiten, means @ whiten).square()
+def inverse_deviations(variances: Tensor, average: Tensor, shrinkage: float) -> Tensor:
+    """σ⁻¹ `(D,)` of the shrunk variances σ² = (1 − λ) variance + λ average."""
+    # One example a class leaves no spread at all; ones then give the Euclidean distance.
+    average = average if average > 0 else torch.ones_like(average)
+    return ((1 - shrinkage) * variances + shrinkage * average).rsqrt()
 
 
 def checked_shrinkage(shrinkage: float) -> float:

@@ -32,9 +32,11 @@ def operating_points(scores: Values, labels: Values, predictions: Values, taus: 
     scores, labels, predictions = check_scores(scores), check_labels(labels), check_predictions(predictions)
     check_same_length(scores=scores, labels=labels, predictions=predictions)
     taus = np.asarray(taus, dtype=np.float64)
+    order = np.argsort(scores)
+    scores, labels, predictions = scores[order], labels[order], predictions[order]
 
     def accepted(of: np.ndarray) -> np.ndarray:
-        return np.searchsorted(np.sort(scores[of]), taus, side="right")
+        return np.searchsorted(scores[of], taus, side="right")
 
     known = labels != UNKNOWN
     n_known, n_unknown = np.count_nonzero(known), np.count_nonzero(~known)

@@ -1,0 +1,104 @@
+"""Sweeps whose driver or machine dies."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+from mlflow import MlflowClient
+from osml_plugin.tune.sweep import sweep
+from sweeps import SPLIT, runs_of, settings
+
+
+def test_a_driver_that_is_killed_is_resumed(digit_embeddings, store, tmp_path):
+    """SIGKILL in mid-sweep: --resume runs exactly what is left, each trial from its checkpoint, each with one run."""
+    out = tmp_path / "out"
+    config = settings(trials=5, concurrent=2)
+    config["config"] = config["config"] | {"training": {"epochs": 12, "batch_size": 32}}
+    config["evaluate_every"] = 1
+    (tmp_path / "sweep.yaml").write_text(json.dumps(config))
+    (tmp_path / "split.json").write_text(json.dumps(SPLIT.to_dict()))
+    command = [sys.executable, "-m", "osml_plugin.cli", "tune", "--out", str(out), "--json"]
+    start = [
+        "--data",
+        str(digit_embeddings),
+        "--split",
+        str(tmp_path / "split.json"),
+        "-c",
+        str(tmp_path / "sweep.yaml"),
+    ]
+    driver = subprocess.Popen([*command, *start], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=tmp_path)
+    journal = out / "trials.jsonl"
+
+    def entries() -> list[dict]:
+        return [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
+
+    def half_way() -> bool:
+        ended = {e["id"] for e in entries() if e["status"] == "finished"}
+        under_way = {e["id"] for e in entries() if "figures" in e and e["figures"]["epoch"] >= 4} - ended
+        return bool(ended) and bool(under_way)
+
+    try:
+        deadline = time.monotonic() + 120
+        while not half_way():
+            assert driver.poll() is None, driver.stderr.read().decode()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        time.sleep(3)  # a snapshot
+    finally:
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+    before = entries()
+    done = {e["id"] for e in before if e["status"] == "finished"}
+    resumed = subprocess.run([*command, "--resume"], capture_output=True, text=True, cwd=tmp_path, timeout=200)
+    assert resumed.returncode == 0, resumed.stderr
+    result = json.loads(resumed.stdout)
+    assert (result["trials"], result["finished"]) == (5, 5)
+    after = entries()[len(before) :]
+    assert not done & {e["id"] for e in after}
+    went_on = [e["figures"]["epoch"] for e in after if "figures" in e and e["id"] in {b["id"] for b in before}]
+    assert went_on and min(went_on) > 1  # from the checkpoint, not from the beginning
+    nested = runs_of(store, result["run_id"])
+    assert len(nested) == len({r.data.tags["osml.trial"] for r in nested}) == 5
+    assert {r.info.status for r in nested} == {"FINISHED"}
+    client = MlflowClient(store)
+    for run in nested:
+        assert [m.step for m in client.get_metric_history(run.info.run_id, "oscr")] == list(range(1, 13))
+
+
+def test_a_node_that_is_killed_costs_no_trial(digit_embeddings, store, tmp_path):
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    killed = []
+
+    def kill_when_under_way() -> None:
+        journal = tmp_path / "out" / "trials.jsonl"
+        while True:
+            lines = journal.read_text().splitlines() if journal.exists() else []
+            busy = {json.loads(line)["id"] for line in lines if "figures" in line}
+            if len(busy) >= 3:  # a trial is under way on every node
+                break
+            time.sleep(0.1)
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        killed.append(nodes[0])
+
+    try:
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
+        config = settings(trials=5, address=cluster.address)
+        config["config"] = config["config"] | {"training": {"epochs": 12, "batch_size": 32}}
+        killer = threading.Thread(target=kill_when_under_way, daemon=True)
+        killer.start()
+        result = sweep(digit_embeddings, tmp_path / "out", split=SPLIT, config=config)
+        assert killed
+        assert (result["trials"], result["finished"], result["failed"]) == (5, 5, 0)
+        assert {r.info.status for r in runs_of(store, result["run_id"])} == {"FINISHED"}
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
