@@ -270,6 +270,39 @@ def test_mahalanobis_is_scikit_learns_shrunk_covariance(data, shrinkage):
     close(found, torch.from_numpy(expected).float())
 
 
+@pytest.mark.parametrize("shrinkage", [0.001, 0.1, 1.0])
+@pytest.mark.parametrize(
+    "kind", ["few classes", "more classes than dimensions", "classes of one", "one class", "no spread"]
+)
+def test_mahalanobis_is_its_formula(kind, shrinkage):
+    rng = np.random.default_rng(0)
+    sizes = {"few classes": [50, 30, 9], "more classes than dimensions": [3] * 20, "classes of one": [40, 1, 1]}
+    labels = np.repeat(np.arange(20), sizes.get(kind, [40]) + [0] * (20 - len(sizes.get(kind, [40]))))
+    if kind == "no spread":
+        labels = np.arange(8)
+    x = (3 * rng.normal(size=(20, 6))[labels] + rng.normal(size=(len(labels), 6)) * [2, 1, 1, 0.5, 0.1, 0]).astype("f4")
+    queries = (4 * rng.normal(size=(30, 6))).astype("f4")
+
+    def inverse(centred):
+        covariance = centred.T @ centred / len(centred)
+        average = np.trace(covariance) / 6 or 1.0
+        return np.linalg.inv((1 - shrinkage) * covariance + shrinkage * average * np.eye(6))
+
+    wide = x.astype("f8")
+    means = np.stack([wide[labels == c].mean(axis=0) for c in np.unique(labels)])
+    away = queries[:, None] - means
+    distances = np.einsum("ncd,de,nce->nc", away, inverse(wide - means[labels]), away)
+    away = queries - wide.mean(axis=0)
+    background = np.einsum("nd,de,ne->n", away, inverse(wide - wide.mean(axis=0)), away)
+    for name, expected in (
+        ("mahalanobis", distances.min(axis=1)),
+        ("relative_mahalanobis", distances.min(axis=1) - background),
+    ):
+        classes, scores = detectors.create(name, shrinkage=shrinkage).fit(x, labels).predict(queries)
+        np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-6 * np.abs(background).max())
+        np.testing.assert_array_equal(classes, distances.argmin(axis=1))
+
+
 def test_logit_scores_are_their_formulas(data):
     embeddings, labels, weights, queries = data
     logits = (queries.double() @ weights.double().T).numpy()

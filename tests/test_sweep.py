@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 from mlflow import MlflowClient
-from osml_plugin.tune.sweep import sweep
+from osml_plugin.tune.sweeping import sweep
 from sweeps import QUICK, SPLIT, ray_here, runs_of, same, settings
 
 from osml_plugin import OsmlError, evaluate
@@ -99,7 +99,7 @@ def test_a_sweep_that_is_done_says_so_again(swept, digit_embeddings):
 
 def test_no_trial_sees_a_test_item(digit_embeddings, ray_of_module):
     """Neither a test item of a known class nor anything of an unknown class is in what trials receive."""
-    from osml_plugin.tune.sweep import Asked, prepare, settings_of
+    from osml_plugin.tune.sweeping import Asked, prepare, settings_of
 
     asked = Asked(
         "x",

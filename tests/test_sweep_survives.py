@@ -8,9 +8,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 
 from mlflow import MlflowClient
-from osml_plugin.tune.sweep import sweep
+from osml_plugin.tune.sweeping import sweep
 from sweeps import SPLIT, runs_of, settings
 
 
@@ -99,6 +100,12 @@ def test_a_node_that_is_killed_costs_no_trial(digit_embeddings, store, tmp_path)
         assert killed
         assert (result["trials"], result["finished"], result["failed"]) == (5, 5, 0)
         assert {r.info.status for r in runs_of(store, result["run_id"])} == {"FINISHED"}
+        entries = [json.loads(line) for line in (tmp_path / "out" / "trials.jsonl").read_text().splitlines()]
+        starts = Counter(e["id"] for e in entries if e["status"] == "running" and "figures" not in e)
+        assert max(starts.values()) > 1  # the trial of that node was taken up again
+        for id_, n in starts.items():
+            epochs = [e["figures"]["epoch"] for e in entries if e["id"] == id_ and "figures" in e]
+            assert max(epochs) == 12 and (n == 1 or epochs.count(1) == 1)  # from its checkpoint
     finally:
         ray.shutdown()
         cluster.shutdown()

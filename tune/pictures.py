@@ -6,7 +6,10 @@ In all of them the best trial is orange.
 from __future__ import annotations
 
 import math
+import re
+import textwrap
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -59,7 +62,9 @@ def search(sweep: Sweep) -> Figure:
         label = f"failed: {len(failed)}"
         axes.scatter(failed, [0.0] * len(failed), marker="x", color=INK, transform=bottom, clip_on=False, label=label)
     axes.set(xlabel="trial", ylabel=sweep.objective)
-    axes.margins(x=0.03, y=0.08)
+    axes.margins(y=0.08)
+    numbers = [trial.number for trial in sweep.trials]
+    axes.set_xlim(min(numbers) - 0.6, max(numbers) + 0.6)
     axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
     _grid(axes)
     _legend(axes, columns=5)
@@ -185,28 +190,30 @@ def importance(sweep: Sweep, shares: dict[str, float], title: str) -> Figure:
     return figure
 
 
-def parallel(sweep: Sweep, branch: str, trials: Sequence[Trial], shares: dict[str, float]) -> Figure | None:
-    """A line for each trial of a branch, through its parameters to its objective; the darker, the better.
+def parallel(sweep: Sweep, branch: str, trials: Sequence[Trial]) -> Figure | None:
+    """A line for each trial of a branch, best first, through its parameters to its objective; the darker, the better.
 
-    Args:
-        trials: best first.
-        shares: of `importances`, to choose the parameters by where there are too many.
+    Where there are more than `AXES` parameters those that mattered most are shown.
     """
     # The choice that makes a branch is in its name.
     drawn = [d for d in sweep.dimensions if any(d.name in t.params for t in trials)]
     drawn = [d for d in drawn if not branch.startswith(f"{d.name}: ")]
-    chosen = sorted(drawn, key=lambda d: -shares.get(d.name, 0))[:AXES]
-    drawn = [d for d in drawn if d in chosen]
     if not drawn:
         return None
+    if len(drawn) > AXES:
+        shares = importances(sweep, trials)
+        chosen = sorted(drawn, key=lambda d: -shares.get(d.name, 0))[:AXES]
+        drawn = [d for d in drawn if d in chosen]
     heading, scores = _headings(sweep), [_best(sweep, trial) for trial in trials]
     names = [*(heading[d.name] for d in drawn), sweep.objective]
     parts = [_axis(d, [t.params.get(d.name, ABSENT) for t in trials]) for d in drawn]
     parts.append(_axis(Dimension(sweep.objective, "float", min(scores), max(scores)), scores))
 
     # The places of the axes in inches: the labels of each stand before it.
+    names = [_stacked(name) for name in names]
     room = [0.3 + 0.068 * max(len(label) for _, label in ticks) for _, ticks in parts]
-    x = np.cumsum([room[0] + 0.2, *(max(7.4 / len(parts), 0.95, each) for each in room[1:])])
+    wide = [0.15 + 0.088 * max(map(len, name.split("\n"))) for name in names]
+    x = np.cumsum([max(room[0], wide[0] / 2), *map(max, room[1:], wide[1:], wide[:-1], repeat(7.4 / len(parts)))])
     title = f"{branch or 'all trials'} ({len(trials)}); best: trial {trials[0].number}, {scores[0]:.3f}"
     figure, axes = _figure(x[-1] + 0.6, 4.0, f"The searched parameters and the objective, {title}")
     every = [_best(sweep, trial) for trial in sweep.ranked()]
@@ -218,12 +225,11 @@ def parallel(sweep: Sweep, branch: str, trials: Sequence[Trial], shares: dict[st
     box = {"boxstyle": "round,pad=0.12", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
     for at, name, (_, ticks) in zip(x, names, parts, strict=True):
         axes.plot([at, at], [0, 1], color=INK, lw=0.8, zorder=4)
-        stacked = "\n".join(_short(word) for word in name.split("."))
-        axes.text(at, 1.06, stacked, ha="center", va="bottom", fontsize=9, weight="bold", color=INK)
+        axes.text(at, 1.06, name, ha="center", va="bottom", fontsize=9, weight="bold", color=INK)
         for y, label in ticks:
             axes.plot([at - 0.04, at], [y, y], color=INK, lw=0.8, zorder=4)
             axes.text(at - 0.07, y, label, ha="right", va="center", fontsize=8, color=INK, bbox=box, zorder=5)
-    axes.set(xlim=(0, x[-1] + 0.5), ylim=(-0.2, 1.05), xticks=[], yticks=[])
+    axes.set(xlim=(0, x[-1] + 0.5), ylim=(min(0, *lines[:, :, 1].flat) - 0.04, 1.05), xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
     figure.suptitle(_plain(title), x=0.01, ha="left", fontsize=10, color=INK)
     return figure
@@ -235,14 +241,10 @@ def _axis(dimension: Dimension, values: Sequence[Any]) -> tuple[list[float], lis
     if dimension.kind == "choice":
         options = [*dimension.choices, *dict.fromkeys(v for v in drawn if v not in dimension.choices)]
         step = 1 / len(options)
-        # Lines through one choice are spread, best on top, so that one sees how many they are.
-        members = {option: [i for i, value in enumerate(values) if value == option] for option in options}
-        heights = [BELOW] * len(values)
+        heights = [0.0] * len(values)
         for place, option in enumerate(options):
-            n = len(members[option])
-            spread = min(0.6 * step, 0.015 * (n - 1))
-            for i, offset in zip(members[option], np.linspace(spread / 2, -spread / 2, n), strict=True):
-                heights[i] = (place + 0.5) * step + float(offset)
+            members = [i for i, value in enumerate(values) if value == option]
+            _spread(heights, members, (place + 0.5) * step, 0.6 * step)
         ticks = [((place + 0.5) * step, _short(str(option))) for place, option in enumerate(options)]
     else:
         # What is exchanged between trials can leave the space.
@@ -251,9 +253,22 @@ def _axis(dimension: Dimension, values: Sequence[Any]) -> tuple[list[float], lis
         low, high, *scaled = np.log([low, high, *drawn, *marks]) if dimension.log else [low, high, *drawn, *marks]
         scaled = [(v - low) / (high - low) if high > low else 0.5 for v in scaled]
         inside = iter(scaled)
-        heights = [BELOW if value is ABSENT else next(inside) for value in values]
-        ticks = [(y, f"{mark:.6g}") for y, mark in zip(inside, marks, strict=True)]
-    return heights, ticks + ([(BELOW, "–")] if len(drawn) < len(values) else [])
+        heights = [0.0 if value is ABSENT else next(inside) for value in values]
+        ticks = [
+            (y, f"{mark:.4g}" if dimension.kind == "float" else f"{mark:.0f}")
+            for y, mark in zip(inside, marks, strict=True)
+        ]
+    if absent := [i for i, value in enumerate(values) if value is ABSENT]:
+        _spread(heights, absent, BELOW, 0.1)
+        ticks.append((BELOW, "unused"))
+    return heights, ticks
+
+
+def _spread(heights: list[float], members: Sequence[int], place: float, most: float) -> None:
+    """Put lines that would share one place beside each other, the best on top, so that one sees how many they are."""
+    half = min(most, 0.015 * (len(members) - 1)) / 2
+    for i, offset in zip(members, np.linspace(half, -half, len(members)), strict=True):
+        heights[i] = place + float(offset)
 
 
 def _marks(low: float, high: float, log: bool, whole: bool) -> list[float]:
@@ -286,6 +301,12 @@ def _headings(sweep: Sweep) -> dict[str, str]:
 
 def _best(sweep: Sweep, trial: Trial) -> float:
     return trial.best(sweep.objective)[sweep.objective]
+
+
+def _stacked(name: str) -> str:
+    """In short lines, broken after dots and underscores."""
+    lines = textwrap.wrap(re.sub(r"([._])", r"\1 ", name), 12, break_long_words=False)
+    return "\n".join(_short(line.replace(" ", "")) for line in lines)
 
 
 def _plain(text: str) -> str:

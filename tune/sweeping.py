@@ -294,7 +294,7 @@ def _finish(job: Job, out: Path, swept: Sweep, results: tune.ResultGrid, run_id:
         progress=progress,
     )
     test = _tested(job, bundle, progress)
-    write_page(out / "report.html", swept, {"validation": winner.figures, "test": test})
+    write_page(out / "report.html", swept, {"validation": _shown(winner.figures), "test": _shown(test or {})})
     version = None
     tags = {"sweep": asked.id, "data_path": asked.data, "validation_oscr": f"{winner.figures['oscr']:.6f}"}
     uri, version = tracking.log_bundle(bundle, run_id=run_id, register=asked.register, tags=tags)
@@ -329,6 +329,11 @@ def _tested(job: Job, bundle: Path, progress: bool) -> dict[str, Any] | None:
         print(f"osml: warning: not tested: {error}", file=sys.stderr)
         return None
     return evaluation.to_dict()
+
+
+def _shown(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that say how good it is."""
+    return {k: v for k, v in _flat(figures).items() if not k.endswith("_seconds") and not k.startswith("system/")}
 
 
 def _described(winner: Winner) -> dict[str, Any]:
