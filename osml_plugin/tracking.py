@@ -113,6 +113,7 @@ def _shown(uri: str) -> str:
 
 
 def _mlflow() -> Any:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     try:
         import mlflow
     except ImportError as error:

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 from mlflow import MlflowClient
-from osml_plugin.tune.sweeping import sweep
+from osml_plugin.tune.sweeping import prepare, settings_of, sweep
 from sweeps import QUICK, SPLIT, ray_here, runs_of, same, settings
 
 from osml_plugin import OsmlError, evaluate
@@ -97,21 +97,18 @@ def test_a_sweep_that_is_done_says_so_again(swept, digit_embeddings):
         sweep(digit_embeddings, out)
 
 
+def test_a_sweep_that_is_done_can_be_registered_later(swept, monkeypatch):
+    out, result, uri = swept
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    later = sweep(None, out, resume=True, register="digits-later")
+    assert later["model_version"] == 1
+    assert later["test"] == result["test"]
+    assert MlflowClient(uri).get_run(result["run_id"]).info.status == "FINISHED"
+
+
 def test_no_trial_sees_a_test_item(digit_embeddings, ray_of_module):
     """Neither a test item of a known class nor anything of an unknown class is in what trials receive."""
-    from osml_plugin.tune.sweeping import Asked, prepare, settings_of
-
-    asked = Asked(
-        "x",
-        str(digit_embeddings),
-        {},
-        settings_of(QUICK | {"folds": 4}, (), None, None, None, None, None),
-        False,
-        None,
-        "",
-        "",
-    )
-    job = prepare(asked, SPLIT, None, False)
+    job = prepare(digit_embeddings, settings_of(QUICK | {"folds": 4}), split=SPLIT)
     items = open_items(digit_embeddings)
     given = set(job.data.items.fingerprints().tolist())
     assert set(job.data.items.labels) == {*SPLIT.known, *SPLIT.pseudo_unknown}

@@ -9,10 +9,11 @@ _WHERE = {
     "Space": "space",
     "SweepConfig": "settings",
     "make_tuner": "tuner",
-    "prepare": "sweep",
+    "prepare": "sweeping",
     "promote": "promotion",
     "rollback": "promotion",
-    "sweep": "sweep",
+    "settings_of": "sweeping",
+    "sweep": "sweeping",
 }
 
 __all__ = sorted(_WHERE)

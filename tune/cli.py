@@ -57,7 +57,7 @@ def tune(
     Example: osml tune --data photos --n-known 6 --loss ArcFaceLoss --trials 20 --out sweep --register birds
     """
     _needs("ray", "optuna", "mlflow", "matplotlib")
-    from .sweep import Interrupted, sweep
+    from .sweeping import Interrupted, sweep
 
     try:
         result = sweep(
@@ -101,9 +101,9 @@ def tune(
             print(f"{title:11} " + ", ".join(f"{name} {figure(figures[name])}" for name in shown))
     if result["registered"]:
         print(f"registered  {result['registered']} version {result['model_version']}, as challenger")
-    print(
-        f"bundle      {result['bundle']}\npage        {result['report']}\nruns        {_how_to_look(result['tracking_uri'])}"
-    )
+    print(f"bundle      {result['bundle']}")
+    print(f"page        {result['report']}")
+    print(f"runs        {_how_to_look(result['tracking_uri'])}")
 
 
 @app.command()

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from rich import box
 from rich.cells import cell_len
@@ -76,7 +77,7 @@ class LiveTable:
             if trial.status in ENDED and trial.id not in self._told:
                 self._told.add(trial.id)
                 line = f"trial {trial.number} {trial.status}: {_outcome(sweep, trial)}, {_ended(sweep)}/{sweep.asked}"
-                if left != "–":
+                if left != "–" and _ended(sweep) < sweep.asked:
                     line += f", {'' if left.startswith('<') else 'about '}{left} left"
                 self._console.print(Text(line), soft_wrap=True)
 
@@ -90,7 +91,9 @@ class LiveTable:
         parts += [f"{counts[status]} {status}" for status in ("stopped", "failed") if counts[status]]
         if ranked:
             parts.append(f"best {sweep.objective} {_best(sweep, ranked[0]):.3f} (trial {ranked[0].number})")
-        parts += [f"{_duration(time.monotonic() - self._start[0])} so far", f"{self._left()} left"]
+        parts.append(f"{_duration(time.monotonic() - self._start[0])} so far")
+        if _ended(sweep) < sweep.asked:
+            parts.append(f"{self._left()} left")
         return Text(" · ".join(parts), style="bold")
 
     def _left(self) -> str:
@@ -133,7 +136,7 @@ def _table(sweep: Sweep, width: int, height: int) -> Table:
 def _cells(sweep: Sweep, trial: Trial) -> list[str]:
     if not trial.history:
         return [str(trial.number), trial.status, "–", "–", "–"]
-    latest, epochs = trial.history[-1], sweep.facts.get("epochs")
+    latest, epochs = trial.history[-1], _epochs(sweep, trial)
     epoch = f"{latest['epoch']:g}" + (f"/{epochs}" if epochs else "")
     return [str(trial.number), trial.status, epoch, f"{latest[sweep.objective]:.3f}", f"{_best(sweep, trial):.3f}"]
 
@@ -158,9 +161,17 @@ def _ended(sweep: Sweep) -> int:
 
 def _done(sweep: Sweep) -> float:
     """Trials that ended, and the part done of those that run."""
-    epochs = sweep.facts.get("epochs")
-    running = [trial for trial in sweep.trials if trial.status == "running" and trial.history]
-    return _ended(sweep) + (sum(trial.history[-1]["epoch"] / epochs for trial in running) if epochs else 0)
+    done = float(_ended(sweep))
+    for trial in sweep.trials:
+        epochs = _epochs(sweep, trial)
+        if trial.status == "running" and trial.history and epochs:
+            done += min(1, trial.history[-1]["epoch"] / epochs)
+    return done
+
+
+def _epochs(sweep: Sweep, trial: Trial) -> Any:
+    """Of a whole trial, which can be searched as well; None where nobody knows."""
+    return trial.params.get("training.epochs", sweep.facts.get("epochs"))
 
 
 def _duration(seconds: float) -> str:

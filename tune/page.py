@@ -68,7 +68,9 @@ def _best_trials(page: Page, sweep: Sweep) -> None:
         )
     note = f"Ranked by {sweep.objective} on validation. Figures are those of the best epoch, means over the folds."
     note = note if shown else "No trial has a result."
-    page.add_table("Best configurations", ("trial", *figures, "epochs", "status", "detector", *searched), rows, note)
+    page.add_table(
+        "Best configurations", ("trial", *figures, "epochs", "status", "chosen detector", *searched), rows, note
+    )
 
 
 def _search(page: Page, sweep: Sweep) -> None:
@@ -160,7 +162,8 @@ def summary(sweep: Sweep, best: dict[str, Any]) -> str:
     first = ranked[0]
     lead = f"The best {name} on validation is {first.best(name)[name]:.4f}, of trial {first.number}"
     what = _drawn(sweep, first)
-    what = what[:SHOWN_PARAMETERS] + ["…"] * (len(what) > SHOWN_PARAMETERS)
+    if (more := len(what) - SHOWN_PARAMETERS) > 0:
+        what[SHOWN_PARAMETERS:] = [f"{more} more below"]
     if first.chosen:
         what.append(f"detector {_detector(first)}")
     if what:

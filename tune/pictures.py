@@ -156,6 +156,7 @@ def importances(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, float]:
     that differ, or equal objectives.
     """
     trials = [trial for trial in trials if trial.status in ("finished", "stopped")]
+    trials.sort(key=lambda trial: trial.number)  # a forest depends on the order
     scores = [_best(sweep, trial) for trial in trials]
     values = {d.name: [t.params[d.name] for t in trials if d.name in t.params] for d in sweep.dimensions}
     drawn = [d for d in sweep.dimensions if len(values[d.name]) == len(trials) and len(set(values[d.name])) > 1]
@@ -280,8 +281,8 @@ def _marks(low: float, high: float, log: bool, whole: bool) -> list[float]:
     else:
         marks = MaxNLocator(5, integer=whole, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
     margin = 1e-9 * max(abs(low), abs(high))
-    inside = [float(mark) for mark in marks if low - margin <= mark <= high + margin]
-    return inside if len(inside) > 1 else list(dict.fromkeys([low, high]))
+    inside = dict.fromkeys(float(mark) for mark in marks if low - margin <= mark <= high + margin)
+    return list(inside if len(inside) > 1 else dict.fromkeys([low, high]))
 
 
 # --- parts of pictures -----------------------------------------------------------------------------------

@@ -73,12 +73,16 @@ class Asked:
 class Job:
     """A sweep that is ready to run: `make_tuner(job.data, job.plan, storage=…)` gives its Tuner."""
 
-    asked: Asked
-    data: SweepData
-    plan: Plan
+    source: str
     split: Split
+    data: SweepData
+    """What trials receive."""
+    plan: Plan
     items: Items
     """All of the source, the test's too: for the driver alone, after the winner is found."""
+    fingerprint: str
+    """Of these."""
+    skip_bad: bool
 
 
 def sweep(
@@ -115,7 +119,6 @@ def sweep(
         Interrupted: after Ctrl-C, with everything saved.
     """
     out = Path(out)
-    given = (config, overrides, loss, trials, seed, alpha, address)
     if out.exists() and not resume:
         raise OsmlError(f"'{out}' exists: pass --resume to go on with it, or choose another --out")
     if (out / ASKED).is_file():
@@ -126,9 +129,7 @@ def sweep(
             )
         asked = replace(asked, register=register or asked.register)
         if (out / RESULT).is_file():
-            result = json.loads((out / RESULT).read_text(encoding="utf-8"))
-            if result["registered"] == asked.register:
-                return result
+            return _concluded(asked, out)
     elif data is None:
         raise OsmlError(f"there is no sweep in '{out}' to resume: name the --data to start one")
     else:
@@ -136,7 +137,9 @@ def sweep(
             id=uuid.uuid4().hex[:12],
             data=str(Path(data).resolve()),
             split={},
-            settings=settings_of(*given),
+            settings=settings_of(
+                config, overrides=overrides, loss=loss, trials=trials, seed=seed, alpha=alpha, address=address
+            ),
             skip_bad=skip_bad,
             register=register,
             tracking_uri=tracking.tracking_uri(),
@@ -144,24 +147,35 @@ def sweep(
         )
     os.environ["MLFLOW_TRACKING_URI"] = asked.tracking_uri
     tracking.check_tracking(asked.tracking_uri)
-    job = prepare(asked, split, n_known, progress)
+    job = prepare(
+        asked.data,
+        asked.settings,
+        split=Split.from_dict(asked.split) if asked.split else split,
+        n_known=None if asked.split else n_known,
+        skip_bad=asked.skip_bad,
+        progress=progress,
+    )
+    if asked.data_fingerprint not in ("", job.fingerprint):
+        raise OsmlError(f"'{asked.data}' has changed since this sweep began: start a new one with another --out")
+    asked = replace(asked, split=job.split.to_dict(), data_fingerprint=job.fingerprint)
     with ray_session(asked.settings.address, asked.settings.resources):
-        job = replace(job, data=share(job.data, job.asked.settings.config, progress=progress))
+        job = replace(job, data=share(job.data, asked.settings.config, progress=progress))
         out.mkdir(parents=True, exist_ok=True)
-        job.asked.write(out / ASKED)
-        return _run(job, out, progress)
+        asked.write(out / ASKED)
+        return _run(asked, job, out, progress)
 
 
 def settings_of(
-    config: str | Path | Mapping[str, Any] | None,
-    overrides: Iterable[str],
-    loss: str | None,
-    trials: int | None,
-    seed: int | None,
-    alpha: float | None,
-    address: str | None,
+    config: str | Path | Mapping[str, Any] | None = None,
+    *,
+    overrides: Iterable[str] = (),
+    loss: str | None = None,
+    trials: int | None = None,
+    seed: int | None = None,
+    alpha: float | None = None,
+    address: str | None = None,
 ) -> SweepConfig:
-    """The sweep's settings of a file or values, and of what was said beside it."""
+    """The sweep's settings of a file or values, and of what is said beside it; see `sweep`."""
     values = dict(config) if isinstance(config, Mapping) else read_yaml(config) if config is not None else {}
     base = values["config"] = dict(values.get("config") or {})
     if loss is not None:
@@ -175,9 +189,23 @@ def settings_of(
     return make_config(values, SweepConfig)
 
 
-def prepare(asked: Asked, split: str | Path | Split | None, n_known: int | None, progress: bool) -> Job:
-    """Open the data, draw the folds, and check that all of it can work, before anything is trained."""
-    settings = asked.settings
+def prepare(
+    source: str | Path,
+    settings: SweepConfig,
+    *,
+    split: str | Path | Split | None = None,
+    n_known: int | None = None,
+    skip_bad: bool = False,
+    progress: bool = True,
+) -> Job:
+    """Open the data, draw the folds, and check that all of it can work, before anything is trained.
+
+    For a Tuner of one's own, and its trials without MLflow, page and bundle:
+
+    >>> job = prepare("photos", settings_of("sweep.yaml"), n_known=6)                     # doctest: +SKIP
+    >>> tuner = make_tuner(job.data, job.plan, storage="/tmp/sweeps")                     # doctest: +SKIP
+    >>> results = tuner.fit()                                                             # doctest: +SKIP
+    """
     config = settings.config
     space = Space(settings.space, config, levels=settings.levels)
     if settings.search == "pbt" and not space.movable:
@@ -185,12 +213,9 @@ def prepare(asked: Asked, split: str | Path | Split | None, n_known: int | None,
             "pbt moves numbers of loss, miner and optimizer while trials run, and the space has none: search one, "
             "such as optimizer.lr, or use search optuna"
         )
-    items = open_items(asked.data)
-    split = Split.from_dict(asked.split) if asked.split else split_of(split, items, n_known, config.seed)
-    items, survey = readable_items(items, asked.skip_bad, progress)
-    fingerprint = items.fingerprint()
-    if asked.data_fingerprint not in ("", fingerprint):
-        raise OsmlError(f"'{asked.data}' has changed since this sweep began: start a new one with another --out")
+    items = open_items(source)
+    split = split_of(split, items, n_known, config.seed)
+    items, survey = readable_items(items, skip_bad, progress)
     n_epochs = epochs(config, 0 if survey is None else 1)
     data = sweep_data(items, survey, split, config, settings.folds)
     if settings.winner == "as-is" and not data.own:
@@ -199,14 +224,14 @@ def prepare(asked: Asked, split: str | Path | Split | None, n_known: int | None,
             "some known ones; name some, or use winner: retrain"
         )
     check_choices(config, data.folds[0].split, n_epochs)
-    asked = replace(asked, split=split.to_dict(), data_fingerprint=fingerprint)
-    return Job(asked, data, Plan(settings, space, n_epochs), split, items)
+    plan = Plan(settings, space, n_epochs)
+    return Job(str(source), split, data, plan, items, items.fingerprint(), skip_bad)
 
 
-def _run(job: Job, out: Path, progress: bool) -> dict[str, Any]:
-    asked, settings = job.asked, job.asked.settings
+def _run(asked: Asked, job: Job, out: Path, progress: bool) -> dict[str, Any]:
+    settings = asked.settings
     blank = Sweep([], job.plan.space.dimensions, settings.objective, settings.trials, _facts(job))
-    runs = SweepRuns(asked.tracking_uri, os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT), asked.id)
+    runs = _runs(asked)
     run_id = runs.start(out.name, _flat(settings.model_dump(mode="json")), _tags(job))
     table = LiveTable() if progress else None
 
@@ -227,7 +252,7 @@ def _run(job: Job, out: Path, progress: bool) -> dict[str, Any]:
     ended = "FAILED"
     try:
         try:
-            results = _fit(job, out, recorder)
+            results = _fit(asked, job, out, recorder)
         finally:
             if table:
                 table.stop()
@@ -240,7 +265,7 @@ def _run(job: Job, out: Path, progress: bool) -> dict[str, Any]:
                 f"interrupted with {len(swept.trials) - open_ones} of {settings.trials} trials ended; all is saved: "
                 f"osml tune --out {out} --resume goes on"
             )
-        result = _finish(job, out, swept, results, run_id, progress)
+        result = _finish(asked, job, out, swept, results, run_id, progress)
         ended = "FINISHED"
     except KeyboardInterrupt:
         ended = "KILLED"
@@ -248,17 +273,15 @@ def _run(job: Job, out: Path, progress: bool) -> dict[str, Any]:
     finally:
         if ended != "FINISHED":
             runs.close(ended)
-    files = [out / name for name in ("best.yaml", "report.html", RESULT) if (out / name).is_file()]
-    runs.close("FINISHED", _prefixed(result), {"best_trial": result["best"]["trial"]}, files)
-    return result
+    return _closed(runs, out, result)
 
 
-def _fit(job: Job, out: Path, recorder: Recorder) -> tune.ResultGrid:
+def _fit(asked: Asked, job: Job, out: Path, recorder: Recorder) -> tune.ResultGrid:
     """Run the trials, or those that are left."""
     # A trial that began after the last snapshot is drawn again on a resume: take one often.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "2")
-    storage = job.asked.settings.storage or str(out.resolve())
-    name = TRIALS if job.asked.settings.storage is None else f"{out.name}-{job.asked.id}"
+    storage = asked.settings.storage or str(out.resolve())
+    name = TRIALS if asked.settings.storage is None else f"{out.name}-{asked.id}"
     path = f"{storage.rstrip('/')}/{name}"
     Recorder.current = recorder
     try:
@@ -271,9 +294,11 @@ def _fit(job: Job, out: Path, recorder: Recorder) -> tune.ResultGrid:
         Recorder.current = None
 
 
-def _finish(job: Job, out: Path, swept: Sweep, results: tune.ResultGrid, run_id: str, progress: bool) -> dict[str, Any]:
+def _finish(
+    asked: Asked, job: Job, out: Path, swept: Sweep, results: tune.ResultGrid, run_id: str, progress: bool
+) -> dict[str, Any]:
     """The winner's bundle, its one test, the page, the registry."""
-    asked, counts = job.asked, Counter(t.status for t in swept.trials)
+    counts = Counter(t.status for t in swept.trials)
     ranked = swept.ranked()
     if not ranked:
         write_page(out / "report.html", swept)
@@ -285,19 +310,16 @@ def _finish(job: Job, out: Path, swept: Sweep, results: tune.ResultGrid, run_id:
     write_winner(
         winner,
         bundle,
-        source=asked.data,
+        source=job.source,
         split=job.split,
         data=job.data,
         plan=job.plan,
-        data_fingerprint=asked.data_fingerprint,
-        skip_bad=asked.skip_bad,
+        data_fingerprint=job.fingerprint,
+        skip_bad=job.skip_bad,
         progress=progress,
     )
     test = _tested(job, bundle, progress)
     write_page(out / "report.html", swept, {"validation": _shown(winner.figures), "test": _shown(test or {})})
-    version = None
-    tags = {"sweep": asked.id, "data_path": asked.data, "validation_oscr": f"{winner.figures['oscr']:.6f}"}
-    uri, version = tracking.log_bundle(bundle, run_id=run_id, register=asked.register, tags=tags)
     result = {
         "trials": len(swept.trials),
         "finished": counts["finished"],
@@ -311,20 +333,51 @@ def _finish(job: Job, out: Path, swept: Sweep, results: tune.ResultGrid, run_id:
         "report": str(out / "report.html"),
         "tracking_uri": asked.tracking_uri,
         "run_id": run_id,
-        "model": uri,
-        "registered": asked.register,
-        "model_version": version,
+        "model": None,
+        "registered": None,
+        "model_version": None,
     }
+    _write_json(out / RESULT, result)  # before the store is asked for anything: the test is not looked at twice
+    return _registered(asked, out, result)
+
+
+def _registered(asked: Asked, out: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """The result, with its bundle logged as a model, and registered where that was asked for."""
+    oscr = f"{result['validation']['oscr']:.6f}"
+    tags = {"sweep": asked.id, "data_path": asked.data, "validation_oscr": oscr}
+    uri, version = tracking.log_bundle(out / "best", run_id=result["run_id"], register=asked.register, tags=tags)
+    result = result | {"model": uri, "registered": asked.register, "model_version": version}
     _write_json(out / RESULT, result)
+    return result
+
+
+def _concluded(asked: Asked, out: Path) -> dict[str, Any]:
+    """The result of a sweep whose trials are done; what the store did not take then, or was not asked to, it gets."""
+    result = json.loads((out / RESULT).read_text(encoding="utf-8"))
+    if result["model"] is not None and asked.register in (None, result["registered"]):
+        return result
+    os.environ["MLFLOW_TRACKING_URI"] = asked.tracking_uri
+    tracking.check_tracking(asked.tracking_uri)
+    runs = _runs(asked)
+    runs.start(out.name, {}, {})
+    return _closed(runs, out, _registered(asked, out, result))
+
+
+def _runs(asked: Asked) -> SweepRuns:
+    return SweepRuns(asked.tracking_uri, os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT), asked.id)
+
+
+def _closed(runs: SweepRuns, out: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """The result, after its runs have ended with all that is to be seen of them."""
+    files = [out / name for name in ("best.yaml", "report.html", RESULT) if (out / name).is_file()]
+    runs.close("FINISHED", _prefixed(result), {"best_trial": result["best"]["trial"]}, files)
     return result
 
 
 def _tested(job: Job, bundle: Path, progress: bool) -> dict[str, Any] | None:
     """The figures on test items, looked at once; None where the source holds none."""
     try:
-        evaluation, _ = commands.evaluate(
-            bundle, job.asked.data, split=job.split, skip_bad=job.asked.skip_bad, progress=progress
-        )
+        evaluation, _ = commands.evaluate(bundle, job.source, split=job.split, skip_bad=job.skip_bad, progress=progress)
     except OsmlError as error:
         print(f"osml: warning: not tested: {error}", file=sys.stderr)
         return None
@@ -347,10 +400,10 @@ def _described(winner: Winner) -> dict[str, Any]:
 
 
 def _facts(job: Job) -> dict[str, Any]:
-    settings = job.asked.settings
+    settings = job.plan.settings
     return {
-        "data": job.asked.data,
-        "data fingerprint": job.asked.data_fingerprint,
+        "data": job.source,
+        "data fingerprint": job.fingerprint,
         "split": job.split.to_dict(),
         "folds": [f.split.to_dict() for f in job.data.folds],
         "items": {role: len(getattr(job.data.folds[0].roles, role)) for role in ("train", "calibration", "validation")},

@@ -27,7 +27,7 @@ class Detector(Named, nn.Module):
     A subclass has a keyword-only `__init__` that keeps each argument under its own name, and writes `_fit`
     and one of: `_class_scores -> (N, C)` (the score is the minimum over classes, the class its argmin) or
     `_score_and_class -> ((N,), (N,))`. All it has fitted lives in buffers. The base owns everything else:
-    checks, labels ↔ indices, dtype, device, chunks, gradients, files. Where detectors can share work (see `scan`), their
+    checks, labels ↔ indices, dtype, device, chunks, gradients, files. Where detectors can share work (`scan`), their
     class writes `_fit_all` or `_score_all` instead.
     """
 

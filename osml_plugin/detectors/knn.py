@@ -60,7 +60,7 @@ class KNN(Detector, name="knn"):
     def _first_complete(
         self, embeddings: Tensor, distances: Tensor, labels: Tensor, nth: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Score and class, from the neighbours of each item, nearest first, and the how-manieth of its class each is."""
+        """Score and class, from each item's neighbours, nearest first, and the how-manieth of its class each is."""
         complete = nth == self._class_k[labels]
         first = complete.int().argmax(dim=1, keepdim=True)
         scores, classes = distances.gather(1, first)[:, 0], labels.gather(1, first)[:, 0]

@@ -41,10 +41,10 @@ class Mahalanobis(Detector, name="mahalanobis"):
         axes, variances = axes.contiguous(), variances.clamp_min(0)
         for detector in detectors:
             detector.register_buffer("axes", axes)
-            detector._fit_along_axes(variances, means @ axes, counts / counts.sum())
+            detector._fit_along_axes(variances, means @ axes, counts.double() / len(labels))
 
     def _fit_along_axes(self, variances: Tensor, means: Tensor, shares: Tensor) -> None:
-        """Variances `(D,)` within classes and class means `(C, D)`, along the axes; each class's share `(C,)` of items."""
+        """Variances `(D,)` within classes and class means `(C, D)`, along the axes; shares `(C,)` of items by class."""
         self.register_buffer("scales", inverse_deviations(variances, variances.mean(), self.shrinkage))
         self.register_buffer("means", means * self.scales)
 
@@ -68,7 +68,6 @@ class RelativeMahalanobis(Mahalanobis, name="relative_mahalanobis"):
 
     def _fit_along_axes(self, variances: Tensor, means: Tensor, shares: Tensor) -> None:
         super()._fit_along_axes(variances, means, shares)
-        shares = shares.to(means.dtype)
         mean = shares @ means
         # The spread of all data is that within the classes plus that of the class means, RᵀR; R has min(C, D) rows.
         between = torch.linalg.qr(shares.sqrt()[:, None] * (means - mean), mode="r").R
