@@ -127,8 +127,13 @@ def make_trainer(
     n_epochs: int,
     workers: int = 0,
     device: torch.device | str | None = None,
+    trainer_class: type[Trainer] | None = None,
 ) -> Trainer:
-    """The trainer that `train_model` runs, before its first epoch: for those who advance it epoch by epoch."""
+    """The trainer that `train_model` runs, before its first epoch: for those who advance it epoch by epoch.
+
+    Args:
+        trainer_class: `Trainer`, or one that trains otherwise.
+    """
     device = checked_device(device)
     seed_everything(config.seed)
     batch_size = min(config.training.batch_size, len(dataset))
@@ -167,7 +172,7 @@ def make_trainer(
             f"nothing can be trained: trunk and embedder have no free weights, and loss '{config.loss.name}' none of "
             "its own: set model.frozen to false, model.embedder to linear, or training.epochs to 0"
         )
-    trainer = Trainer(
+    trainer = (trainer_class or Trainer)(
         models={"trunk": model.trunk, "embedder": model.embedder},
         optimizers=chosen,
         batch_size=batch_size,

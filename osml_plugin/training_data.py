@@ -15,6 +15,7 @@ from . import UNKNOWN
 from .config import Config
 from .data import ImageDataset, ImageSurvey, Items, Split, TrainingRoles, augmentation, normalisation, to_float
 from .embedding import EmbeddingModel, embed_dataset, loading_workers
+from .feature_cache import cached_features, features_key
 from .hooks import OpenSetHook
 from .preprocessing import Preprocessing
 
@@ -121,7 +122,8 @@ class TrainingData:
         if self.frozen and model is not None:
             everything.transform = self.sets["train"].transform
             bar = "features of the frozen trunk" if progress else None
-            features = self._features(model, everything, device, bar).tensors[0].numpy()
+            key = features_key(model.trunk, self.preprocessing, items.fingerprints())
+            features = cached_features(key, lambda: self._features(model, everything, device, bar).tensors[0].numpy())
         return Shared(self.preprocessing, images, features, network_settings(self.config))
 
     @property

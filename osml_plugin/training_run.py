@@ -13,14 +13,22 @@ from .config import Config
 from .embedding import OUTPUTS
 from .pml import class_weights
 from .selection import Cached
-from .training import build_model, checked_device, epochs, make_trainer, seed_everything
+from .training import Trainer, build_model, checked_device, epochs, make_trainer, seed_everything
 from .training_data import TrainingData
 
 
 class TrainingRun:
     """Network and trainer on the data of one run: `advance` it, `embed` its data roles, go on from a `state`."""
 
-    def __init__(self, data: TrainingData, config: Config, *, device: str | None = None, progress: bool = True):
+    def __init__(
+        self,
+        data: TrainingData,
+        config: Config,
+        *,
+        device: torch.device | str | None = None,
+        progress: bool = True,
+        trainer_class: type[Trainer] = Trainer,
+    ):
         self.data, self.config, self.progress = data, config, progress
         self.device = checked_device(device)
         seed_everything(config.seed)
@@ -30,8 +38,8 @@ class TrainingRun:
         if self.n_epochs:
             dataset, self.trained = data.training_set(self.model, self.device, progress)
             labels = data.labels["train"].tolist()
-            loading = {"workers": data.workers, "device": self.device}
-            self.trainer = make_trainer(self.trained, dataset, labels, config, n_epochs=self.n_epochs, **loading)
+            how = {"workers": data.workers, "device": self.device, "trainer_class": trainer_class}
+            self.trainer = make_trainer(self.trained, dataset, labels, config, n_epochs=self.n_epochs, **how)
             self.trainer.show_progress = progress
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,11 @@ def digit_embeddings(tmp_path_factory, digit_vectors) -> Path:
     file = tmp_path_factory.mktemp("data") / "digits.npz"
     write_embeddings(file, vectors[:1000], [str(c) for c in labels[:1000]])
     return file
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache_of_the_tests(tmp_path_factory) -> None:
+    os.environ["OSML_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture

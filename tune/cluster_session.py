@@ -62,5 +62,6 @@ def _check_fits(address: str | None, resources: Resources) -> None:
             continue
         problem = f"a trial wants {wanted:g} {kind}, and there are {there.get(kind, 0):g}"
         if address is None:
-            raise OsmlError(f"{problem} on this machine: lower resources.{kind.lower()}, or name a cluster")
+            lower = f"resources.{kind.lower()}" + (" or resources.workers" if resources.workers > 1 else "")
+            raise OsmlError(f"{problem} on this machine: lower {lower}, or name a cluster")
         logger.warning("%s in the cluster '%s': trials wait until there are more", problem, address)

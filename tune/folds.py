@@ -97,12 +97,11 @@ def _draws(items: Items, split: Split, seed: int) -> Iterator[tuple[tuple[str, .
             "name some, or give at least 3 known classes"
         )
     rng = random.Random(seed)
-    deck = rng.sample(sorted(set(free) & set(split.known)), len(set(free) & set(split.known)))
+    times_held = {c: int(c in split.pseudo_unknown) for c in free}
     while True:
-        if len(deck) < n_held:
-            rest = [c for c in free if c not in deck]
-            deck += rng.sample(rest, len(rest))
-        held, deck = deck[:n_held], deck[n_held:]
+        held = sorted(free, key=lambda c: (times_held[c], rng.random()))[:n_held]
+        for c in held:
+            times_held[c] += 1
         yield tuple(c for c in free if c not in held), tuple(sorted([*held, *small]))
 
 

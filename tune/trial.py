@@ -8,7 +8,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ray import tune
 from osml_plugin.config import Config
 from osml_plugin.errors import OsmlError
 from osml_plugin.pipeline import threshold_of, tried
+from osml_plugin.training import Trainer
 from osml_plugin.training_run import TrainingRun
 
 from .folds import SweepData
@@ -76,9 +77,7 @@ def run_trial(config: Mapping[str, Any], data: SweepData, plan: Plan) -> None:
     try:
         _run(params_of(config), data, plan)
     except OsmlError as error:
-        checkpoint = tune.get_checkpoint()
-        epoch = _load(checkpoint)["epoch"] if checkpoint else 0
-        tune.report({"epoch": epoch, plan.settings.objective: 0.0, "error": " ".join(str(error).split())})
+        report_failure(error, plan)
 
 
 def _run(params: Mapping[str, Any], data: SweepData, plan: Plan) -> None:
@@ -86,49 +85,82 @@ def _run(params: Mapping[str, Any], data: SweepData, plan: Plan) -> None:
     torch.set_num_threads(max(1, int(plan.settings.resources.cpu)))
     runs = fold_runs(config, data)
     if checkpoint := tune.get_checkpoint():
-        state = _load(checkpoint)
-        for run, saved in zip(runs, state["folds"], strict=True):
-            run.load_state(saved)
-    n_epochs = runs[0].n_epochs
-    trained, since = 0.0, time.perf_counter()
+        go_on(runs, _load(checkpoint))
+    for loss, seconds in advanced(runs, plan):
+        report(evaluated(runs, config, plan, loss, seconds), lambda file: torch.save(state_of(runs), file))
+
+
+def advanced(runs: list[TrainingRun], plan: Plan) -> Iterator[tuple[float, float]]:
+    """Train all folds side by side to their last epoch; stops wherever an evaluation is due, with the last epoch's mean
+    loss and the seconds since."""
+    n_epochs, since = runs[0].n_epochs, time.perf_counter()
     while True:
+        loss = 0.0  # where nothing is trained: embeddings are taken as they are
         if runs[0].epoch < n_epochs:
             loss = sum(run.advance() for run in runs) / len(runs)
             if runs[0].epoch % plan.evaluate_every and runs[0].epoch < n_epochs:
                 continue
-        else:
-            loss = 0.0  # nothing is trained: embeddings are taken as they are
-        trained, since = time.perf_counter() - since, time.perf_counter()
-        folds = [Embedded(run.embed(), run.data.labels) for run in runs]
-        embedded, since = time.perf_counter() - since, time.perf_counter()
-        objective = plan.settings.objective
-        judged = judge(folds, plan.detectors(config), plan.rules(config), objective=objective, seed=config.seed)
-        if not math.isfinite(judged.figures[objective]):
-            raise OsmlError(f"{objective} is {judged.figures[objective]} in epoch {runs[0].epoch}")
-        found, since = time.perf_counter() - since, time.perf_counter()
-        best = judged.best
-        with tempfile.TemporaryDirectory() as folder:
-            torch.save({"epoch": runs[0].epoch, "folds": [run.state() for run in runs]}, Path(folder, STATE))
-            figures: dict[str, Any] = judged.figures | {
-                "epoch": runs[0].epoch,
-                "loss": loss,
-                "train_seconds": trained,
-                "embed_seconds": embedded,
-                "judge_seconds": found,
-                "combinations": judged.n_combinations,
-                **_system_figures(),
-            }
-            threshold = {"name": judged.threshold[0], "params": judged.threshold[1]}
-            chosen = {"output": best.output, "detector": best.detector, "params": best.params, "threshold": threshold}
-            more = {"reported": list(figures), "chosen": chosen, "curve": judged.curve}
-            tune.report(figures | more, checkpoint=tune.Checkpoint.from_directory(folder))
+        yield loss, time.perf_counter() - since
         if runs[0].epoch >= n_epochs:
             return
         since = time.perf_counter()
 
 
-def fold_runs(config: Config, data: SweepData) -> list[TrainingRun]:
-    return [TrainingRun(data.of_fold(fold, config), config, progress=False) for fold in data.folds]
+def evaluated(runs: list[TrainingRun], config: Config, plan: Plan, loss: float, train_seconds: float) -> dict[str, Any]:
+    """What a trial reports: its figures, what was chosen, and the curve. OsmlError where the objective is no number."""
+    since = time.perf_counter()
+    folds = [Embedded(run.embed(), run.data.labels) for run in runs]
+    embedded, since = time.perf_counter() - since, time.perf_counter()
+    objective = plan.settings.objective
+    judged = judge(folds, plan.detectors(config), plan.rules(config), objective=objective, seed=config.seed)
+    if not math.isfinite(judged.figures[objective]):
+        raise OsmlError(f"{objective} is {judged.figures[objective]} in epoch {runs[0].epoch}")
+    found = time.perf_counter() - since
+    best = judged.best
+    figures: dict[str, Any] = judged.figures | {
+        "epoch": runs[0].epoch,
+        "loss": loss,
+        "train_seconds": train_seconds,
+        "embed_seconds": embedded,
+        "judge_seconds": found,
+        "combinations": judged.n_combinations,
+        **_system_figures(),
+    }
+    threshold = {"name": judged.threshold[0], "params": judged.threshold[1]}
+    chosen = {"output": best.output, "detector": best.detector, "params": best.params, "threshold": threshold}
+    return figures | {"reported": list(figures), "chosen": chosen, "curve": judged.curve}
+
+
+def report(figures: dict[str, Any], write_state: Callable[[Path], Any]) -> None:
+    """Report to Ray Tune, with the checkpoint whose file `write_state` writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_state(Path(folder, STATE))
+        tune.report(figures, checkpoint=tune.Checkpoint.from_directory(folder))
+
+
+def report_failure(error: OsmlError, plan: Plan) -> None:
+    """The last report of a trial whose configuration cannot do."""
+    checkpoint = tune.get_checkpoint()
+    epoch = _load(checkpoint)["epoch"] if checkpoint else 0
+    tune.report({"epoch": epoch, plan.settings.objective: 0.0, "error": " ".join(str(error).split())})
+
+
+def state_of(runs: list[TrainingRun]) -> dict[str, Any]:
+    """What a checkpoint holds."""
+    return {"epoch": runs[0].epoch, "folds": [run.state() for run in runs]}
+
+
+def go_on(runs: list[TrainingRun], state: Mapping[str, Any]) -> None:
+    """From what a checkpoint held."""
+    for run, saved in zip(runs, state["folds"], strict=True):
+        run.load_state(saved)
+
+
+def fold_runs(
+    config: Config, data: SweepData, *, device: torch.device | str | None = None, trainer_class: type[Trainer] = Trainer
+) -> list[TrainingRun]:
+    made = {"device": device, "trainer_class": trainer_class, "progress": False}
+    return [TrainingRun(data.of_fold(fold, config), config, **made) for fold in data.folds]
 
 
 def load_run(config: Config, data: SweepData, checkpoint: tune.Checkpoint) -> TrainingRun:
@@ -162,5 +194,9 @@ def _system_figures() -> dict[str, float]:
 def trainable(data: SweepData, plan: Plan) -> Any:
     """What a `tune.Tuner` takes: `run_trial` with its data in the object store, and the resources of a trial."""
     resources = plan.settings.resources
+    if resources.workers > 1:
+        from .distributed import trainable_together  # which builds on this module
+
+        return trainable_together(data, plan)
     bundle = {"CPU": resources.cpu} | ({"GPU": resources.gpu} if resources.gpu else {})
     return tune.with_resources(tune.with_parameters(run_trial, data=data, plan=plan), bundle)

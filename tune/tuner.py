@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import Searcher
@@ -15,6 +16,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from .folds import SweepData
 from .recorder import Relay
+from .settings import Resources
 from .space import Space
 from .trial import DRAWN, Plan, params_of, trainable
 
@@ -41,7 +43,7 @@ def make_tuner(data: SweepData, plan: Plan, *, storage: str | Path, name: str = 
             search_alg=search,
             scheduler=scheduler(plan),
             num_samples=settings.trials if search else 1,
-            max_concurrent_trials=settings.concurrent,
+            max_concurrent_trials=settings.concurrent or _at_once(settings.resources),
             reuse_actors=True,  # the next trial need not import everything again
             trial_dirname_creator=_folder,
         ),
@@ -59,6 +61,15 @@ def make_tuner(data: SweepData, plan: Plan, *, storage: str | Path, name: str = 
             verbose=0,
         ),
     )
+
+
+def _at_once(resources: Resources) -> int | None:
+    """Trials that there is room for, where Ray Train reserves what they take; None = Ray Tune finds out itself."""
+    if resources.workers == 1:
+        return None
+    there = ray.cluster_resources()
+    wanted = {"CPU": resources.cpu * resources.workers, "GPU": resources.gpu * resources.workers}
+    return max(1, min(int(there.get(kind, 0) / each) for kind, each in wanted.items() if each))
 
 
 def _folder(trial: Any) -> str:
