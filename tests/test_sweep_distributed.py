@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import threading
 import time
@@ -12,9 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from osml_plugin.tune.distributed import PartTrainer, Parts
+from osml_plugin.tune.distributed import Parts, PartTrainer
 from osml_plugin.tune.folds import SweepData, sweep_data
-from osml_plugin.tune.sweep import sweep
+from osml_plugin.tune.sweeping import sweep
 from osml_plugin.tune.trial import fold_runs, go_on, state_of
 from sweeps import SPLIT, ray_here, runs_of, same, settings
 from torch import distributed, multiprocessing
@@ -91,3 +90,75 @@ def test_the_copies_stay_the_same(name, two):
     for part in ("models.trunk", "models.embedder"):
         for key, value in one["folds"][0][part].items():
             torch.testing.assert_close(other["folds"][0][part][key], value, atol=0, rtol=0)
+
+
+def _workers() -> list[psutil.Process]:
+    """Ray Train's processes below this one."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if any(name in " ".join(process.cmdline()) for name in ("RayTrainWorker", "TrainController", "Desk")):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def ray_of_module():
+    with ray_here(cpus=3):
+        yield
+
+
+def test_a_sweep_of_two_workers_a_trial(ray_of_module, digit_embeddings, store, tmp_path):
+    """To the end, though a worker is killed: its trial goes on from its checkpoint."""
+    config = settings(trials=2, resources={"workers": 2}, evaluate_every=1)
+    config["config"] = config["config"] | {"training": {"epochs": 10, "batch_size": 64}}
+    journal, killed = tmp_path / "out" / "trials.jsonl", []
+
+    def kill_when_under_way() -> None:
+        while not (journal.exists() and '"epoch": 3' in journal.read_text()):
+            time.sleep(0.05)
+        killed.append(next(p for p in _workers() if "RayTrainWorker" in " ".join(p.cmdline())))
+        killed[0].send_signal(signal.SIGKILL)
+
+    threading.Thread(target=kill_when_under_way, daemon=True).start()
+    result = sweep(digit_embeddings, tmp_path / "out", split=SPLIT, config=config)
+    assert killed
+    assert (result["trials"], result["finished"], result["failed"]) == (2, 2, 0)
+    evaluation, _ = evaluate(tmp_path / "out" / "best", digit_embeddings, split=SPLIT)
+    assert same(evaluation.to_dict(), result["test"])
+    assert 0.5 < result["validation"]["oscr"] <= 1
+    assert {r.info.status for r in runs_of(store, result["run_id"])} == {"FINISHED"}
+    entries = [json.loads(line) for line in journal.read_text().splitlines()]
+    epochs = {}
+    for entry in entries:
+        if "figures" in entry:
+            epochs.setdefault(entry["id"], []).append(entry["figures"]["epoch"])
+    assert all(e.count(1) == 1 and max(e) == 10 for e in epochs.values())  # none began anew
+    starts = [e["id"] for e in entries if e["status"] == "running" and "figures" not in e]
+    assert len(starts) == 3
+    deadline = time.monotonic() + 30
+    while _workers() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not _workers()
+
+
+def test_a_configuration_that_fails_is_named(ray_of_module, digit_embeddings, store, tmp_path):
+    space = {"loss": {"name": "ArcFaceLoss", "scale": {"uniform": [1e39, 1e40]}}}
+    config = settings(space=space, trials=1, resources={"workers": 2})
+    with pytest.raises(OsmlError, match="none of 1 trials came through; the first failed with: the loss is"):
+        sweep(digit_embeddings, tmp_path / "out", split=SPLIT, config=config)
+
+
+def test_more_workers_than_there_is_room_for(ray_of_module, digit_embeddings, store, tmp_path):
+    with pytest.raises(OsmlError, match="a trial wants 4 CPU, and there are 3 on this machine: lower .*workers"):
+        sweep(digit_embeddings, tmp_path / "out", split=SPLIT, config=settings(resources={"workers": 4}))
+
+
+def test_a_batch_is_shared_out_evenly():
+    batches = BatchSampler(range(21), 7, drop_last=True)
+    parts = [list(Parts(batches, rank, 2)) for rank in range(2)]
+    assert parts == [[[0, 2, 4], [7, 9, 11], [14, 16, 18]], [[1, 3, 5], [8, 10, 12], [15, 17, 19]]]
+    with pytest.raises(OsmlError, match="a batch of 7 items cannot be shared by 8 workers"):
+        Parts(batches, 0, 8)

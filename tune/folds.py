@@ -61,7 +61,7 @@ def sweep_data(items: Items, survey: ImageSurvey | None, split: Split, config: C
     items = replace(items.select(used), roles=None)  # what they declare has been followed
     survey = None if survey is None else survey.of(used)
     own = bool(split.pseudo_unknown)
-    folds = [Fold(split, real)] if own else []
+    folds = [Fold(replace(split, unknown=()), real)] if own else []
     fractions = _fractions(items, split, real)
     for known, pseudo in _draws(items, split, config.seed):
         if len(folds) >= n_folds:
