@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 
 .PHONY: demo test lint bench clean
 
-demo: $(STAMP)  ## the whole line on real images: train, choose, test, group, enrol, test again
+demo: $(STAMP)  ## the whole line on real images: sweep, promote, test, group, enrol, test again
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)  ## all tests
@@ -17,6 +17,7 @@ lint: $(STAMP)
 bench: $(STAMP)  ## speed and quality against peers, as ratios; minutes
 	$(BIN)/python benchmarks/metrics.py
 	$(BIN)/python benchmarks/discovery.py
+	$(BIN)/python benchmarks/sweep.py
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -97,8 +97,10 @@ def one_by_one(folds, tried, rules, objective):
     return len(found), best, *found[best]
 
 
-@pytest.mark.parametrize("objective", ["oscr", "macro_f1", "closed_set_accuracy"])
-@pytest.mark.parametrize("rules", [RULES, RULES[:1], RULES[1:2]], ids=["several", "conformal", "max_f1"])
+@pytest.mark.parametrize(
+    ("rules", "objective"),
+    [(RULES, "oscr"), (RULES, "closed_set_accuracy"), (RULES[:1], "macro_f1"), (RULES[1:2], "macro_f1")],
+)
 def test_it_is_every_combination_judged_on_its_own(rules, objective):
     folds = [fold(0, 40), fold(1, 31)]
     tried = candidates()

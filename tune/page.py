@@ -122,7 +122,7 @@ def _mattered(page: Page, sweep: Sweep) -> None:
             figures.append(pictures.importance(sweep, shares, f"{name or 'all trials'} ({len(trials)})"))
     if figures:
         note = f"How much of the differences in {sweep.objective} between trials each parameter explains, in the range "
-        note += "that was searched (functional ANOVA). Rough where trials are few."
+        note += "that was searched, as a random forest tells it. Rough where trials are few."
         page.add_figure("What mattered", figures, note)
     else:
         page.add_table("What mattered", (), (), _why_not(sweep))

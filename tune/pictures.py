@@ -20,7 +20,7 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+from optuna.importance import MeanDecreaseImpurityImportanceEvaluator, get_param_importances
 
 from osml_plugin.report.pictures import FAINT, INK, KNOWN, OTHER, REJECTED, _figure, _legend, _short
 
@@ -149,11 +149,12 @@ def branches(sweep: Sweep) -> list[tuple[str, list[Trial]]]:
 
 
 def importances(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, float]:
-    """The share of the objective's variance that each parameter explains, largest first; they sum to 1.
+    """The share of the objective's differences that each parameter explains, largest first; they sum to 1.
 
-    Of the parameters that all these trials have, by functional ANOVA on a random forest (Hutter, Hoos & Leyton-Brown,
-    ICML 2014). Empty where it would say nothing: fewer than `FEWEST` trials that ended, fewer than two parameters
-    that differ, or equal objectives.
+    Of the parameters that all these trials have, by the mean decrease in impurity of a random forest (Breiman 2001).
+    With 10 to 80 trials it comes nearer to the truth than functional ANOVA, which weighs a trial by the part of the
+    space around it, and than PED-ANOVA, which asks for the best trials only. Empty where it would say nothing: fewer
+    than `FEWEST` trials that ended, fewer than two parameters that differ, or equal objectives.
     """
     trials = [trial for trial in trials if trial.status in ("finished", "stopped")]
     trials.sort(key=lambda trial: trial.number)  # a forest depends on the order
@@ -172,8 +173,7 @@ def importances(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, float]:
     for trial, score in zip(trials, scores, strict=True):
         params = {name: trial.params[name] for name in distributions}
         study.add_trial(optuna.create_trial(params=params, distributions=distributions, value=score))
-    # A few dozen trees tell as much as more of them, in a part of the time.
-    found = get_param_importances(study, evaluator=FanovaImportanceEvaluator(n_trees=32, seed=0))
+    found = get_param_importances(study, evaluator=MeanDecreaseImpurityImportanceEvaluator(seed=0))
     return {name: float(share) for name, share in sorted(found.items(), key=lambda item: -item[1])}
 
 
@@ -273,16 +273,17 @@ def _spread(heights: list[float], members: Sequence[int], place: float, most: fl
 
 
 def _marks(low: float, high: float, log: bool, whole: bool) -> list[float]:
-    """Two to seven round numbers between the ends, or the ends."""
+    """Two to eight round numbers between the ends, or the ends."""
+    if low == high:
+        return [low]
     if log:
         tens = 10.0 ** np.arange(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        marks = tens if high / low >= 100 else np.outer(tens, [1, 2, 5]).ravel()
-        marks = marks[:: 1 + len(marks) // 8] if high / low >= 100 else marks
+        marks = tens[:: 1 + len(tens) // 8] if high / low >= 100 else np.outer(tens, [1, 2, 5]).ravel()
     else:
         marks = MaxNLocator(5, integer=whole, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
     margin = 1e-9 * max(abs(low), abs(high))
-    inside = dict.fromkeys(float(mark) for mark in marks if low - margin <= mark <= high + margin)
-    return list(inside if len(inside) > 1 else dict.fromkeys([low, high]))
+    inside = [float(mark) for mark in marks if low - margin <= mark <= high + margin]
+    return inside if len(inside) > 1 else [low, high]
 
 
 # --- parts of pictures -----------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ class SweepConfig(Section):
     folds: Annotated[int, Field(ge=1)] = 2
     """Draws of pseudo-unknown classes. The first is the split's own; every further one holds out other classes."""
     evaluate_every: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Epochs between two evaluations, each of which is reported and written as a checkpoint; auto = eight in all."""
+    """Epochs between two evaluations, each of which is reported and written as a checkpoint; auto = `grace`."""
     grace: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Epochs before a trial may be stopped, and between two exchanges of pbt; auto = a quarter of the epochs."""
     winner: Literal["auto", "as-is", "retrain"] = "auto"

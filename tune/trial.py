@@ -46,9 +46,15 @@ class Plan:
         return max([int(d.high) if d.kind != "choice" else max(d.choices) for d in searched], default=self.epochs)
 
     @property
+    def grace(self) -> int:
+        """Epochs before a trial may be stopped."""
+        grace = self.settings.grace
+        return max(1, round(self.longest / 4)) if grace == "auto" else min(grace, max(self.longest, 1))
+
+    @property
     def evaluate_every(self) -> int:
         every = self.settings.evaluate_every
-        return max(1, round(self.epochs / 8)) if every == "auto" else every
+        return self.grace if every == "auto" else every
 
     def detectors(self, config: Config) -> list[Rule]:
         """The detectors that a trial tries on its embeddings."""

@@ -116,7 +116,7 @@ def draw(space: Space, n: int, seed: int) -> list[dict[str, Any]]:
 
 def scheduler(plan: Plan) -> TrialScheduler:
     settings = plan.settings
-    grace = max(1, round(plan.longest / 4)) if settings.grace == "auto" else min(settings.grace, plan.longest)
+    grace = plan.grace
     if settings.search == "pbt":
         rng = random.Random(settings.config.seed)
 
