@@ -5,10 +5,10 @@ python benchmarks/sweep.py [--data DIR] [--epochs 20] [--only grid|overhead|comb
 Without --data the digits of scikit-learn are used (known 0–4, pseudo-unknown 5 and 6). Three figures, each a ratio of
 two measurements in one run:
 
-grid          wall time until a sweep reports a validation OSCR as good as the best of the whole grid, over the time of
-              the grid. Both train the same network on the same items, one CPU a trial; the grid does what a script does:
-              nearest centroid, a fixed τ.
-combinations  detector × threshold combinations judged a second inside a trial, over those judged as trials of their own.
+grid          wall time until a sweep reports a validation OSCR as good as the best of the whole grid, over the time
+              of the grid. Both train the same network on the same items, one CPU a trial; the grid does what a
+              script does: nearest centroid, a fixed τ.
+combinations  detector × threshold combinations judged a second inside a trial, over as trials of their own.
 overhead      time of a trial, judging, checkpoints and reports included, over bare training for as many epochs.
 """
 

@@ -276,6 +276,7 @@ def test_the_run_shows_the_best_so_far_in_order_of_numbers(some):
             best = max(best, t.history[-1]["oscr"])
             expected.append((t.number, best))
     assert list(zip(x, y, strict=True)) == [*expected, (29, best)]
+    assert [tick for tick in pictures.search(sweep(1)).axes[0].get_xticks() if -0.6 <= tick <= 0.6] == [0]
     dots = {c.get_label(): len(c.get_offsets()) for c in axes.collections}
     assert dots == {"finished: 23": 23, "stopped: 6": 6, "failed: 1": 1}
 
@@ -343,6 +344,7 @@ def test_lines_pass_their_axes_where_their_values_lie(some):
     for i, size in enumerate((32, 64, 128)):
         inside = (y["size"] > i / 3) & (y["size"] < (i + 1) / 3)
         assert np.array_equal(inside, of("embedder.size") == size)
+        np.testing.assert_allclose(y["size"][inside].mean(), (i + 0.5) / 3)
         assert np.all(np.diff(y["size"][inside]) < 0), "spread, the better above"
     ticks = {t.get_text(): t.get_position() for t in figure.axes[0].texts if t.get_weight() != "bold"}
     np.testing.assert_allclose(ticks["0.01"][1], 2 / 3)

@@ -65,7 +65,7 @@ def search(sweep: Sweep) -> Figure:
     axes.margins(y=0.08)
     numbers = [trial.number for trial in sweep.trials]
     axes.set_xlim(min(numbers) - 0.6, max(numbers) + 0.6)
-    axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(12, integer=True, min_n_ticks=1))
     _grid(axes)
     _legend(axes, columns=5)
     return figure
@@ -90,7 +90,7 @@ def learning(sweep: Sweep) -> Figure | None:
         if any(trial.status == status for trial in ranked[1:]):
             axes.plot([], [], color=colour, lw=1, label=status)
     axes.set(xlabel="epoch", ylabel=sweep.objective)
-    axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(12, integer=True, min_n_ticks=1))
     _grid(axes)
     _legend(axes, columns=4)
     return figure
