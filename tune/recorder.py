@@ -34,7 +34,10 @@ class Journal:
         """All whole lines; the last may have been cut off."""
         found = []
         if self.file.exists():
-            for line in self.file.read_text(encoding="utf-8").splitlines():
+            text = self.file.read_text(encoding="utf-8")
+            if text and not text.endswith("\n"):
+                self.file.write_text(text + "\n", encoding="utf-8")  # what comes next is a line of its own
+            for line in text.splitlines():
                 try:
                     found.append(json.loads(line))
                 except ValueError:
@@ -75,7 +78,7 @@ class Recorder:
     # --- what happens -------------------------------------------------------------------------------------
 
     def started(self, trial: Any) -> None:
-        self._write(trial, status="running")
+        self._write(trial, status="running", error=None)
 
     def reported(self, trial: Any, result: dict[str, Any]) -> None:
         if "error" in result:
@@ -109,8 +112,10 @@ class Recorder:
             watcher(self.sweep, now)
 
     def _take(self, entry: dict[str, Any]) -> Trial:
-        number = len(self.trials)
-        trial = self.trials.get(entry["id"]) or Trial(entry["id"], number, "waiting", {})
+        trial = self.trials.get(entry["id"])
+        if trial is None:
+            number = max((t.number for t in self.trials.values()), default=-1) + 1
+            trial = Trial(entry["id"], number, "waiting", {})
         trial = replace(trial, params=entry["params"], status=entry["status"], error=entry.get("error", trial.error))
         trial = replace(trial, seconds=entry.get("seconds", trial.seconds))
         if figures := entry.get("figures"):
@@ -138,17 +143,27 @@ class Relay(Callback):
     """What Ray Tune calls. Ray keeps a copy on disk and brings that back on a restore, so there is nothing in it."""
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        if Recorder.current:
-            Recorder.current.started(trial)
+        if recorder := _told(trials):
+            recorder.started(trial)
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
-        if Recorder.current:
-            Recorder.current.reported(trial, result)
+        if recorder := _told(trials):
+            recorder.reported(trial, result)
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        if Recorder.current:
-            Recorder.current.completed(trial)
+        if recorder := _told(trials):
+            recorder.completed(trial)
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        if Recorder.current:
-            Recorder.current.died(trial)
+        if recorder := _told(trials):
+            recorder.died(trial)
+
+    def on_experiment_end(self, trials: list, **info: Any) -> None:
+        _told(trials)
+
+
+def _told(trials: list) -> Recorder | None:
+    """The recorder, after it has heard which trials there are."""
+    if Recorder.current is not None:
+        Recorder.current.keep_only({trial.trial_id for trial in trials})
+    return Recorder.current
