@@ -157,10 +157,17 @@ def test_pbt_moves_what_it_may(ray_of_module, digit_embeddings, store, tmp_path)
     result = sweep(digit_embeddings, tmp_path / "out", split=SPLIT, config=config)
     assert (result["trials"], result["failed"]) == (4, 0)
     params = {}
-    for line in (tmp_path / "out" / "trials.jsonl").read_text().splitlines():
+    lines = (tmp_path / "out" / "trials.jsonl").read_text().splitlines()
+    for line in lines:
         entry = json.loads(line)
         params.setdefault(entry["id"], set()).add(json.dumps(entry["params"], sort_keys=True))
     assert max(len(seen) for seen in params.values()) > 1  # at least one trial took over another's and moved on
+    best, entries = result["best"], [json.loads(line) for line in lines]
+    assert best["params"] in [
+        e["params"]
+        for e in entries
+        if "figures" in e and e["id"] == best["id"] and e["figures"]["epoch"] == best["epoch"]
+    ]
     assert {r.info.status for r in runs_of(store, result["run_id"])} == {"FINISHED"}
 
 

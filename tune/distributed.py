@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -59,6 +60,8 @@ def run_together(config: Mapping[str, Any], data: list[ray.ObjectRef], plan: Pla
 
 def _run(params: Mapping[str, Any], data: list[ray.ObjectRef], plan: Plan) -> None:
     resources = plan.settings.resources
+    # A trial that is stopped ends its workers first, and Ray Tune waits so long before it gives this process the next.
+    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "120"
     desk = Desk.remote()
     given = {"params": params, "data": data, "plan": plan, "desk": desk, "state": []}
     if checkpoint := tune.get_checkpoint():

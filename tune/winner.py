@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from osml_plugin.selection import Candidate
 
 from .folds import SweepData
 from .results import Trial
-from .trial import Plan, load_run, with_part
+from .trial import Plan, load_run, params_of, with_part
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ def find_winner(ranked: list[Trial], results: tune.ResultGrid, plan: Plan) -> Wi
         if trial.id in kept:
             checkpoint, metrics = kept[trial.id]
             chosen = metrics["chosen"]
+            trial = replace(trial, params=dict(params_of(metrics["config"])))  # pbt may have moved on since
             config = with_part(plan.space.config(trial.params), "detector", chosen["detector"], chosen["params"])
             threshold = chosen["threshold"]
             config = with_part(config, "threshold", threshold["name"], _given(threshold["params"], config))
