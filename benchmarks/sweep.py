@@ -25,11 +25,6 @@ from time import perf_counter
 import numpy as np
 import ray
 import torch
-from osml_plugin.tune import make_tuner, prepare, settings_of
-from osml_plugin.tune.folds import SweepData, share
-from osml_plugin.tune.judging import Embedded, judge
-from osml_plugin.tune.recorder import Recorder
-from osml_plugin.tune.results import Sweep
 from PIL import Image
 from ray import tune
 from sklearn.datasets import load_digits
@@ -40,6 +35,11 @@ from osml_plugin.data import Split, draw_split, open_items
 from osml_plugin.detectors import create
 from osml_plugin.metrics import open_set_metrics
 from osml_plugin.training_run import TrainingRun
+from osml_plugin.tune import make_tuner, prepare, settings_of
+from osml_plugin.tune.folds import SweepData, share
+from osml_plugin.tune.judging import Embedded, judge
+from osml_plugin.tune.recorder import Recorder
+from osml_plugin.tune.results import Sweep
 
 MARGINS, SCALES, TAUS = (5, 15, 25, 35), (8, 16, 32), (0.2, 0.3, 0.4, 0.5, 0.6)
 DIGITS = Split(("0", "1", "2", "3", "4"), ("5", "6"), ("7", "8", "9"))

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from osml_plugin.tune import promote, sweep
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -30,6 +29,7 @@ from osml_plugin.evaluation import Evaluation, evaluate_embeddings
 from osml_plugin.metrics import DiscoveryMetrics, discovery_metrics
 from osml_plugin.report import Page, add_evaluation, summary
 from osml_plugin.tracking import download_bundle
+from osml_plugin.tune import promote, sweep
 
 SPLIT = Split(known=("0", "1", "2", "3", "4"), pseudo_unknown=("5", "6"), unknown=("7", "8", "9"))
 NEVER_MET = "9"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -190,6 +191,10 @@ def make_trainer(
     return trainer
 
 
+_COUNTERS = ("queue_idx", "has_been_filled")
+"""What PML's losses with a memory keep beside their tensors."""
+
+
 class Trainer(MetricLossOnly):
     """PML's trainer with bf16 on the GPU, pinned loading, a cosine schedule and one progress bar.
 
@@ -210,6 +215,7 @@ class Trainer(MetricLossOnly):
     def prepare(self, n_epochs: int) -> None:
         """Make ready for so many epochs in all."""
         self.n_epochs, self.epoch = n_epochs, 0
+        self._sampler_as_made = deepcopy(vars(self.sampler)) if self.sampler is not None else {}
         self.initialize_dataloader()
         if self.cosine:
             steps = self.iterations_per_epoch * max(n_epochs, 1)
@@ -240,6 +246,8 @@ class Trainer(MetricLossOnly):
         self.epoch += 1
         seed_everything(int(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0]))
         self.dataloader.generator.manual_seed(torch.initial_seed())
+        if self.sampler is not None:
+            vars(self.sampler).update(deepcopy(self._sampler_as_made))  # PML's shuffle what they hold
         self.dataloader_iter = iter(self.dataloader)
         self.set_to_train()
         total = 0.0
@@ -261,7 +269,11 @@ class Trainer(MetricLossOnly):
 
     def state(self) -> dict[str, Any]:
         """All that the next epoch depends on, as nested dictionaries of tensors and numbers."""
-        return {"epoch": self.epoch} | {name: part.state_dict() for name, part in self._parts()}
+        state = {"epoch": self.epoch}
+        for name, part in self._parts():
+            state[name] = part.state_dict()
+            state[f"{name}.counters"] = {key: getattr(part, key) for key in _COUNTERS if hasattr(part, key)}
+        return state
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state`. The optimizers keep the rates and arguments that they were made with, so that a run
@@ -270,6 +282,7 @@ class Trainer(MetricLossOnly):
         self.epoch = state["epoch"]
         for name, part in self._parts():
             part.load_state_dict(state[name])
+            vars(part).update(state[f"{name}.counters"])
         for key, optimizer in self.optimizers.items():
             for group, made in zip(optimizer.param_groups, own[key], strict=True):
                 base = made.get("initial_lr", made["lr"])

@@ -15,12 +15,12 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
-from osml_plugin.tune.settings import SweepConfig
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.dashboard.modules.job.cli import job_cli_group
 from ray.scripts.scripts import start as ray_start
 
 from osml_plugin.errors import OsmlError
+from osml_plugin.tune.settings import SweepConfig
 
 ROOT = Path(__file__).parent.parent
 CLUSTER = ROOT / "tune" / "cluster"

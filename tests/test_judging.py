@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import sphere_classes
-from osml_plugin.tune.judging import RATES, Embedded, judge
 
 from osml_plugin import UNKNOWN, detectors, thresholds
 from osml_plugin.metrics import open_set_metrics
 from osml_plugin.selection import Cached, candidates, drawn
+from osml_plugin.tune.judging import RATES, Embedded, judge
 
 FREE = ("oscr", "auroc", "aupr_unknown", "aupr_known", "fpr95", "closed_set_accuracy")
 DECIDED = ("known_rejected", "unknown_rejected", "macro_f1")

@@ -9,12 +9,12 @@ import time
 import numpy as np
 import pytest
 from mlflow import MlflowClient
-from osml_plugin.tune.sweeping import prepare, settings_of, sweep
 from sweeps import QUICK, SPLIT, ray_here, runs_of, same, settings
 
 from osml_plugin import OsmlError, evaluate
 from osml_plugin.bundle import load_bundle
 from osml_plugin.data import Split, open_items, test_indices
+from osml_plugin.tune.sweeping import prepare, settings_of, sweep
 
 
 @pytest.fixture(scope="module")

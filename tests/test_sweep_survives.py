@@ -11,8 +11,9 @@ import time
 from collections import Counter
 
 from mlflow import MlflowClient
-from osml_plugin.tune.sweeping import sweep
 from sweeps import SPLIT, runs_of, settings
+
+from osml_plugin.tune.sweeping import sweep
 
 
 def test_a_driver_that_is_killed_is_resumed(digit_embeddings, store, tmp_path):

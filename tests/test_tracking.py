@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mlflow import MlflowClient
-from osml_plugin.tune.runs import SweepRuns
 from PIL import Image
 
 import osml_plugin
 from osml_plugin import OsmlError, tracking
 from osml_plugin.data import write_embeddings
 from osml_plugin.tracking import check_tracking, download_bundle, log_bundle
+from osml_plugin.tune.runs import SweepRuns
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,11 @@ import time
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
+
 from osml_plugin.tune import live
 from osml_plugin.tune.live import LiveTable, columns, reason, value, written
 from osml_plugin.tune.results import Dimension, Sweep, Trial
-from rich.console import Console
 
 DIMENSIONS = [
     Dimension("loss", "choice", choices=("ArcFaceLoss", "CosFaceLoss")),

@@ -10,13 +10,13 @@ from itertools import pairwise
 import numpy as np
 import optuna
 import pytest
+from test_report import Parsed
+
+from osml_plugin.errors import OsmlError
 from osml_plugin.tune import page as parts
 from osml_plugin.tune import pictures
 from osml_plugin.tune.page import summary, write_page
 from osml_plugin.tune.results import Dimension, Sweep, Trial
-from test_report import Parsed
-
-from osml_plugin.errors import OsmlError
 
 DIMENSIONS = [
     Dimension("loss", "choice", choices=("ArcFaceLoss", "CosFaceLoss")),
