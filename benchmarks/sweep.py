@@ -145,7 +145,7 @@ def grid(data: SweepData, plan, room: Path) -> None:
             if trial.history and trial.history[-1]["oscr"] >= goal:
                 reached.append(perf_counter())
 
-        Recorder.current = Recorder(journal, blank, plan.epochs, [watch])
+        Recorder.current = Recorder(journal, blank, plan.epochs_of, [watch])
         tuner = make_tuner(data, plan, storage=room, name=f"sweep-{seed}")
         began = perf_counter()
         tuner.fit()
@@ -198,7 +198,7 @@ def overhead(data: SweepData, plan, room: Path) -> None:
     settings = plan.settings.model_copy(update={"trials": 3, "search": "random", "scheduler": "none", "concurrent": 1})
     plan = type(plan)(settings, plan.space, plan.epochs)
     journal = room / "overhead.jsonl"
-    Recorder.current = Recorder(journal, Sweep([], plan.space.dimensions, "oscr", 3), plan.epochs)
+    Recorder.current = Recorder(journal, Sweep([], plan.space.dimensions, "oscr", 3), plan.epochs_of)
     make_tuner(data, plan, storage=room, name="overhead").fit()
     Recorder.current = None
     entries = [json.loads(line) for line in journal.read_text().splitlines()]

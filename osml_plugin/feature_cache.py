@@ -9,11 +9,14 @@ from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
+import torch
+import torchvision
 from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from torch import nn
 
+from .embedding import autocast, default_device
 from .preprocessing import Preprocessing
 
 
@@ -25,10 +28,12 @@ def cache_folder() -> Path:
 def features_key(trunk: nn.Module, preprocessing: Preprocessing, fingerprints: np.ndarray) -> str:
     """What the features of images `(N,)`, by the fingerprints of their contents, depend on, and nothing else."""
     total = blake2b(digest_size=16)
-    total.update(f"{trunk}{astuple(preprocessing)}".encode())
+    device = default_device()
+    made_by = (torch.__version__, torchvision.__version__, device.type, autocast(device).fast_dtype)
+    total.update(f"{trunk}{astuple(preprocessing)}{made_by}".encode())
     for name, value in trunk.state_dict().items():
         total.update(name.encode())
-        total.update(value.detach().cpu().contiguous().view(-1).numpy().tobytes())
+        total.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     total.update(np.ascontiguousarray(fingerprints).tobytes())
     return total.hexdigest()
 

@@ -216,15 +216,21 @@ def _default_detector(config: Config) -> detectors.Detector:
 def threshold_of(config: Config) -> thresholds.Threshold:
     """The configured threshold; rules on the known side keep `alpha` unless told their own rate."""
     name, args = config.threshold.name, config.threshold.args
-    own = {"conformal": {"alpha": config.alpha}, "quantile": {"accepted": 1 - config.alpha}}.get(name, {})
+    own = rate_of(name, config.alpha)
     if own and args and "alpha" in config.model_fields_set:
         raise OsmlError(f"alpha and threshold.{next(iter(args))} say the same thing twice: give one of them")
     return thresholds.create(name, **own | args)
 
 
-def check_choices(config: Config, split: Split, n_epochs: int) -> None:
+def rate_of(name: str, alpha: float) -> dict[str, float]:
+    """What `alpha` means to the threshold rule of that name; nothing to most."""
+    return {"conformal": {"alpha": alpha}, "quantile": {"accepted": 1 - alpha}}.get(name, {})
+
+
+def check_choices(config: Config, split: Split, n_epochs: int, *, rate_is_said: bool = False) -> None:
     """What cannot work together is refused before anything is trained."""
-    threshold = threshold_of(config)
+    name, args = config.threshold.name, config.threshold.args
+    threshold = thresholds.create(name, **args) if rate_is_said else threshold_of(config)
     if threshold.needs_unknown and not split.pseudo_unknown:
         raise OsmlError(
             f"threshold '{threshold.name}' is chosen on pseudo-unknown classes, and the split has none: name some, or "

@@ -102,12 +102,12 @@ def _check_sqlite_file(uri: str) -> None:
 
 def _unreachable(uri: str, reason: str) -> OsmlError:
     return OsmlError(
-        f"cannot reach the tracking store '{_shown(uri)}': {reason}; set MLFLOW_TRACKING_URI to http://HOST:PORT of a "
+        f"cannot reach the tracking store '{shown(uri)}': {reason}; set MLFLOW_TRACKING_URI to http://HOST:PORT of a "
         "running `mlflow server` or to sqlite:///FILE"
     )
 
 
-def _shown(uri: str) -> str:
+def shown(uri: str) -> str:
     """Without a password."""
     return re.sub(r"//[^/@]*@", "//", uri)
 
@@ -146,7 +146,7 @@ def mlflow_calls(uri: str, *, retries: int = 2, timeout: float = 15) -> Iterator
     except OsmlError:
         raise
     except (MlflowException, OSError) as error:
-        raise OsmlError(f"MLflow at '{_shown(uri)}': {_one_line(error)}") from error
+        raise OsmlError(f"MLflow at '{shown(uri)}': {_one_line(error)}") from error
     finally:
         for name, value in before.items():
             if value is None:
@@ -159,7 +159,7 @@ def mlflow_calls(uri: str, *, retries: int = 2, timeout: float = 15) -> Iterator
 
 def _one_line(error: Exception) -> str:
     """The first sentence, or the reason of the operating system, which MLflow buries in pages."""
-    text = _shown(" ".join(str(error).split())) or type(error).__name__
+    text = shown(" ".join(str(error).split())) or type(error).__name__
     reason = re.search(r"\[Errno -?\d+\] ([^'\")]+)", text)
     return reason[1] if reason else re.split(r"(?<=\.) ", text)[0][:300]
 

@@ -191,8 +191,8 @@ def make_trainer(
     return trainer
 
 
-_COUNTERS = ("queue_idx", "has_been_filled")
-"""What PML's losses with a memory keep beside their tensors."""
+_MEMORY = ("queue_idx", "has_been_filled", "hist_")
+"""What PML's losses with a memory keep beside their state."""
 
 
 class Trainer(MetricLossOnly):
@@ -254,6 +254,7 @@ class Trainer(MetricLossOnly):
         for iteration in range(self.iterations_per_epoch):
             self.iteration = iteration
             self.forward_and_backward()
+            self._forget_graph()
             self.end_of_iteration_hook(self)
             self.step_lr_schedulers(end_of_epoch=False)
             total += float(self.losses["total_loss"].detach())
@@ -267,12 +268,18 @@ class Trainer(MetricLossOnly):
         self.zero_losses()
         return self.epoch_loss
 
+    def _forget_graph(self) -> None:
+        """A histogram that PML keeps from batch to batch must not keep the batch's graph."""
+        for loss in self.loss_funcs["metric_loss"].modules():
+            if getattr(loss, "hist_", None) is not None:
+                loss.hist_ = loss.hist_.detach()
+
     def state(self) -> dict[str, Any]:
         """All that the next epoch depends on, as nested dictionaries of tensors and numbers."""
         state = {"epoch": self.epoch}
         for name, part in self._parts():
             state[name] = part.state_dict()
-            state[f"{name}.counters"] = {key: getattr(part, key) for key in _COUNTERS if hasattr(part, key)}
+            state[f"{name}.memory"] = {key: getattr(part, key) for key in _MEMORY if hasattr(part, key)}
         return state
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -282,7 +289,7 @@ class Trainer(MetricLossOnly):
         self.epoch = state["epoch"]
         for name, part in self._parts():
             part.load_state_dict(state[name])
-            vars(part).update(state[f"{name}.counters"])
+            vars(part).update(state[f"{name}.memory"])
         for key, optimizer in self.optimizers.items():
             for group, made in zip(optimizer.param_groups, own[key], strict=True):
                 base = made.get("initial_lr", made["lr"])
@@ -305,7 +312,6 @@ class Trainer(MetricLossOnly):
             drop_last=whole,
             num_workers=self.dataloader_num_workers,
             pin_memory=self.data_device.type == "cuda",
-            persistent_workers=self.dataloader_num_workers > 0,
             generator=torch.Generator().manual_seed(self.seed),
             collate_fn=self.collate_fn,
         )

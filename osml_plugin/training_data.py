@@ -122,8 +122,14 @@ class TrainingData:
         if self.frozen and model is not None:
             everything.transform = self.sets["train"].transform
             bar = "features of the frozen trunk" if progress else None
-            key = features_key(model.trunk, self.preprocessing, items.fingerprints())
-            features = cached_features(key, lambda: self._features(model, everything, device, bar).tensors[0].numpy())
+
+            def compute() -> np.ndarray:
+                return self._features(model, everything, device, bar).tensors[0].numpy()
+
+            if ":" in self.config.model.trunk.name:
+                features = compute()  # what a factory of the user's own does can change without a sign
+            else:
+                features = cached_features(features_key(model.trunk, self.preprocessing, items.fingerprints()), compute)
         return Shared(self.preprocessing, images, features, network_settings(self.config))
 
     @property

@@ -78,10 +78,11 @@ class TrainingRun:
         features = self.data.features(model, self.device, self.progress)
         model.cpu()
         found = {}
-        for model.output in outputs:
+        for output in outputs:
+            model.output = output
             with torch.inference_mode():
                 embedded = {role: model.embed_features(f).clone() for role, f in features.items()}
             # The proxies live where the loss saw the embeddings.
-            found[model.output] = Cached(embedded, self.class_weights if model.output == "embedder" else None)
+            found[output] = Cached(embedded, self.class_weights if output == "embedder" else None)
         model.output = outputs[0]
         return found

@@ -115,7 +115,9 @@ def test_features_of_a_frozen_trunk_are_computed_once_and_kept(digits_folder, mo
         ["miner=MultiSimilarityMiner"],
         ["loss=TripletMarginLoss", "sampler={name: MPerClassSampler, m: 4}"],
         ["loss={name: CrossBatchMemory, loss: ContrastiveLoss, memory_size: 128}"],
+        ["loss=DynamicSoftMarginLoss", "training.batch_size=32"],
         ["loss=SoftTripleLoss", "model.frozen=true"],
+        ["training.epochs=3", "data.workers=1"],
     ],
     ids=lambda overrides: overrides[0],
 )

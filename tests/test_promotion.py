@@ -14,8 +14,9 @@ from sklearn.metrics import roc_auc_score
 import osml_plugin
 from osml_plugin import OsmlError, tracking
 from osml_plugin.data import Fractions, Split, open_items, training_roles, write_embeddings
-from osml_plugin.tracking import SweepRuns, log_bundle
+from osml_plugin.tracking import log_bundle
 from osml_plugin.tune.promotion import promote, rollback
+from osml_plugin.tune.runs import SweepRuns
 
 SPLIT = Split(known=("0", "1", "2", "3", "4"), pseudo_unknown=("5", "6"), unknown=("7", "8", "9"))
 

@@ -20,7 +20,7 @@ def report(epoch: int, oscr: float) -> dict:
 
 
 def recorder(tmp_path, epochs: int = 3) -> Recorder:
-    return Recorder(tmp_path / "trials.jsonl", Sweep([], [], "oscr", 2), epochs)
+    return Recorder(tmp_path / "trials.jsonl", Sweep([], [], "oscr", 2), lambda params: epochs)
 
 
 def test_it_is_the_same_when_read_back(tmp_path):

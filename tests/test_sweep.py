@@ -199,6 +199,8 @@ def test_a_split_without_pseudo_unknown_classes_is_swept_by_leaving_classes_out(
         ({"resources": {"cpu": 1000}}, "1000 CPU"),
         ({"search": "pbt", "space": {"model": {"embedding_size": {"choice": [8, 16]}}}}, "pbt"),
         ({"winner": "as-is", "folds": 0}, "folds"),
+        ({"config": "abc"}, "config"),
+        ({"config": {"training": {"patience": 3}}}, "patience"),
     ],
 )
 def test_what_cannot_work_is_one_line_and_leaves_nothing(
@@ -217,3 +219,64 @@ def test_a_tracking_server_that_is_away_is_said_within_ten_seconds(digit_embeddi
         sweep(digit_embeddings, tmp_path / "out", split=SPLIT, config=QUICK)
     assert time.monotonic() - began < 10
     assert not (tmp_path / "out").exists()
+
+
+def test_a_store_that_goes_away_costs_a_warning_and_a_resume_stores_the_rest(
+    ray_of_module, digit_embeddings, store, tmp_path, monkeypatch
+):
+    from osml_plugin.tune import runs as runs_module
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as away:
+        calls = []
+
+        def fail_from_the_third(*args, **kwargs):
+            calls.append(1)
+            if len(calls) > 2:
+                raise OsmlError("the store does not answer")
+            return real(*args, **kwargs)
+
+        real = runs_module.mlflow_calls
+        away.setattr(runs_module, "mlflow_calls", fail_from_the_third)
+        result = sweep(digit_embeddings, out, split=SPLIT, config=settings(trials=2))
+    assert result["stored"] is False
+    assert result["finished"] == 2
+    assert load_bundle(out / "best").class_names == list(SPLIT.known)
+    again = sweep(None, out, resume=True)
+    assert again["stored"] is True
+    assert again["test"] == json.loads(json.dumps(result["test"]))
+    client = MlflowClient(store)
+    assert client.get_run(again["run_id"]).info.status == "FINISHED"
+    nested = runs_of(store, again["run_id"])
+    assert [r.info.status for r in nested] == ["FINISHED"] * 2
+    for run in nested:
+        assert [m.step for m in client.get_metric_history(run.info.run_id, "oscr")] == [1, 2, 3]
+
+
+def test_a_resume_with_other_settings_is_refused(swept):
+    out, _, _ = swept
+    with pytest.raises(OsmlError, match="trials = 3, not 50"):
+        sweep(None, out, resume=True, config=settings(search="optuna"), trials=50)
+
+
+def test_two_processes_on_one_sweep(swept):
+    from osml_plugin.tune.asked import sweep_lock
+
+    out, _, _ = swept
+    with sweep_lock(out), pytest.raises(OsmlError, match="another process"):
+        sweep(None, out, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "alpha"), [(["threshold=quantile"], 0.1), (["threshold={name: conformal, alpha: 0.2}"], None)]
+)
+def test_the_rate_of_the_winner_is_the_one_that_was_asked_for(
+    overrides, alpha, ray_of_module, digit_embeddings, store, tmp_path
+):
+    from osml_plugin import train
+
+    out = tmp_path / "out"
+    sweep(digit_embeddings, out, split=SPLIT, config=settings(trials=1), overrides=overrides, alpha=alpha)
+    assert load_bundle(out / "best").alpha == pytest.approx(alpha or 0.2)
+    again = train(digit_embeddings, tmp_path / "again", split=SPLIT, config=out / "best.yaml", progress=False)
+    assert again.recognizer.threshold.tau == pytest.approx(load_bundle(out / "best").threshold.tau, rel=1e-3)

@@ -81,7 +81,7 @@ def tune(
         raise typer.Exit(130) from None
     if as_json:
         print_json(result)
-        return
+        return _end(result, register)
     best, validation, test = result["best"], result["validation"], result["test"]
     print(
         f"trials      {result['trials']}: {result['finished']} finished, {result['stopped']} stopped early, "
@@ -104,6 +104,7 @@ def tune(
     print(f"bundle      {result['bundle']}")
     print(f"page        {result['report']}")
     print(f"runs        {_how_to_look(result['tracking_uri'])}")
+    _end(result, register)
 
 
 @app.command()
@@ -144,6 +145,12 @@ def rollback(name: Registered, as_json: AsJson = False) -> None:
         print_json({"name": name, "champion": version})
         return
     print(f"{name} version {version} is champion again")
+
+
+def _end(result: dict, register: str | None) -> None:
+    """Exit status 1 where the winner was to be registered, and the store was away."""
+    if register is not None and result["model_version"] is None:
+        raise typer.Exit(1)
 
 
 def _needs(*packages: str) -> None:

@@ -67,7 +67,12 @@ def sweep_data(items: Items, survey: ImageSurvey | None, split: Split, config: C
         if len(folds) >= n_folds:
             break
         drawn = Split(known, pseudo)
-        folds.append(Fold(drawn, training_roles(items, drawn, fractions=fractions, seed=config.seed)))
+        folds.append(Fold(drawn, training_roles(items, drawn, fractions=fractions, seed=config.seed + len(folds))))
+    for fold in folds:
+        if not np.isin(np.array(items.labels)[fold.roles.validation], fold.split.known).any():
+            raise OsmlError(
+                "no known item is left to validate on: set data.fractions.validation above 0, or declare some items"
+            )
     return SweepData(items, survey, tuple(folds), own)
 
 

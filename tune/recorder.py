@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -54,15 +54,21 @@ class Recorder:
     Args:
         journal: the file to write to; what it holds already is taken over.
         blank: the sweep without trials.
-        epochs: of a whole trial.
+        epochs_of: those of a whole trial with some parameters.
         watchers: called with the sweep so far and the trial that changed.
     """
 
     current: ClassVar[Recorder | None] = None
     """The one that `Relay` tells."""
 
-    def __init__(self, journal: Path, blank: Sweep, epochs: int, watchers: Sequence[Watcher] = ()):
-        self.journal, self.blank, self.epochs, self.watchers = Journal(journal), blank, epochs, watchers
+    def __init__(
+        self,
+        journal: Path,
+        blank: Sweep,
+        epochs_of: Callable[[Mapping[str, Any]], int],
+        watchers: Sequence[Watcher] = (),
+    ):
+        self.journal, self.blank, self.epochs_of, self.watchers = Journal(journal), blank, epochs_of, watchers
         self.trials: dict[str, Trial] = {}
         for entry in self.journal.entries():
             self._take(entry)
@@ -92,7 +98,7 @@ class Recorder:
         known = self.trials.get(trial.trial_id)
         if known is not None and known.error:
             status = "failed"
-        elif known is not None and known.history and known.history[-1]["epoch"] >= self._epochs_of(known):
+        elif known is not None and known.history and known.history[-1]["epoch"] >= self.epochs_of(known.params):
             status = "finished"
         else:
             status = "stopped"
@@ -126,9 +132,6 @@ class Recorder:
                 trial = replace(trial, chosen=entry.get("chosen"), curve=[tuple(p) for p in entry.get("curve", [])])
         self.trials[trial.id] = trial
         return trial
-
-    def _epochs_of(self, trial: Trial) -> int:
-        return int(trial.params.get("training.epochs", self.epochs))
 
 
 def _reason(trial: Any) -> str:

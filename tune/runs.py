@@ -307,7 +307,8 @@ class SweepRuns:
             return
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # its thread outlives `mlflow_calls`
+        for name in ("mlflow.system_metrics", "urllib3"):  # its thread outlives `mlflow_calls`
+            logging.getLogger(name).setLevel(logging.ERROR)
         self._stop_monitor()
         self._monitor = SystemMetricsMonitor(self._parent.id, resume_logging=True, tracking_uri=self.uri)
         self._monitor.start()

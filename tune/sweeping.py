@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,10 @@ from osml_plugin import commands, tracking
 from osml_plugin.config import apply_override, make_config, read_yaml
 from osml_plugin.data import Items, Split, open_items, readable_items
 from osml_plugin.errors import OsmlError
-from osml_plugin.pipeline import check_choices, split_of
+from osml_plugin.pipeline import check_choices, split_of, threshold_of
 from osml_plugin.training import epochs
 
+from .asked import ASKED, Asked, sweep_lock, write_json
 from .cluster_session import ray_session
 from .folds import SweepData, share, sweep_data
 from .live import LiveTable
@@ -31,42 +34,18 @@ from .results import Sweep, Trial
 from .runs import SweepRuns
 from .settings import SweepConfig
 from .space import Space
-from .trial import Plan, trainable
+from .trial import Plan, trainable, with_part
 from .tuner import make_tuner
 from .winner import Winner, find_winner, write_config, write_winner
 
-ASKED, RESULT, TRIALS = "sweep.json", "result.json", "trials"
+RESULT, TRIALS = "result.json", "trials"
 EXPERIMENT = "osml"
+
+logger = logging.getLogger(__name__)
 
 
 class Interrupted(OsmlError):
     """The sweep was stopped before its trials had ended; it can be resumed."""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a sweep was asked for; all that a resume needs beside the data and Ray's own files."""
-
-    id: str
-    data: str
-    split: dict[str, list[str]]
-    settings: SweepConfig
-    skip_bad: bool
-    register: str | None
-    tracking_uri: str
-    data_fingerprint: str
-
-    def write(self, file: Path) -> None:
-        values = self.__dict__ | {"settings": self.settings.model_dump(mode="json", exclude_unset=True)}
-        _write_json(file, values)
-
-    @classmethod
-    def read(cls, file: Path) -> Asked:
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-            return cls(**values | {"settings": make_config(values["settings"], SweepConfig)})
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise OsmlError(f"'{file}' is no sweep that can be resumed ({error}): start a new one") from error
 
 
 @dataclass(frozen=True)
@@ -121,32 +100,35 @@ def sweep(
     out = Path(out)
     if out.exists() and not resume:
         raise OsmlError(f"'{out}' exists: pass --resume to go on with it, or choose another --out")
+    if register is not None and (not register.strip() or set(register) & set("/:")):
+        raise OsmlError(f"'{register}' cannot name a registered model: expected a name without '/' and ':'")
+    said = {"loss": loss, "trials": trials, "seed": seed, "alpha": alpha, "address": address}
+    overrides = list(overrides)
+    settings = settings_of(config, overrides=overrides, **said)
     if (out / ASKED).is_file():
-        asked = Asked.read(out / ASKED)
-        if data is not None and str(Path(data).resolve()) != asked.data:
-            raise OsmlError(
-                f"the sweep in '{out}' is on '{asked.data}', not on '{data}': leave out --data, or start anew"
-            )
-        asked = replace(asked, register=register or asked.register)
-        if (out / RESULT).is_file():
-            return _concluded(asked, out)
+        anything = config is not None or overrides or any(value is not None for value in said.values())
+        asked = Asked.read(out).again(out, data, settings if anything else None, register)
     elif data is None:
         raise OsmlError(f"there is no sweep in '{out}' to resume: name the --data to start one")
     else:
-        asked = Asked(
-            id=uuid.uuid4().hex[:12],
-            data=str(Path(data).resolve()),
-            split={},
-            settings=settings_of(
-                config, overrides=overrides, loss=loss, trials=trials, seed=seed, alpha=alpha, address=address
-            ),
-            skip_bad=skip_bad,
-            register=register,
-            tracking_uri=tracking.tracking_uri(),
-            data_fingerprint="",
-        )
+        uri = tracking.tracking_uri()
+        source = str(Path(data).resolve())
+        asked = Asked(uuid.uuid4().hex[:12], source, {}, settings, skip_bad, register, uri, data_fingerprint="")
+    before = os.environ.get("MLFLOW_TRACKING_URI")
     os.environ["MLFLOW_TRACKING_URI"] = asked.tracking_uri
-    tracking.check_tracking(asked.tracking_uri)
+    try:
+        if (out / RESULT).is_file():
+            with sweep_lock(out):
+                return _concluded(asked, out)
+        tracking.check_tracking(asked.tracking_uri)
+        return _swept(asked, out, split, n_known, progress)
+    finally:
+        os.environ.pop("MLFLOW_TRACKING_URI")
+        if before is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = before
+
+
+def _swept(asked: Asked, out: Path, split: str | Path | Split | None, n_known: int | None, progress: bool) -> dict:
     job = prepare(
         asked.data,
         asked.settings,
@@ -160,9 +142,13 @@ def sweep(
     asked = replace(asked, split=job.split.to_dict(), data_fingerprint=job.fingerprint)
     with ray_session(asked.settings.address, asked.settings.resources):
         job = replace(job, data=share(job.data, asked.settings.config, progress=progress))
-        out.mkdir(parents=True, exist_ok=True)
-        asked.write(out / ASKED)
-        return _run(asked, job, out, progress)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OsmlError(f"cannot write '{out}': {error.strerror}; choose another --out") from error
+        with sweep_lock(out):
+            asked.write(out)
+            return _run(asked, job, out, progress)
 
 
 def settings_of(
@@ -176,8 +162,10 @@ def settings_of(
     address: str | None = None,
 ) -> SweepConfig:
     """The sweep's settings of a file or values, and of what is said beside it; see `sweep`."""
-    values = dict(config) if isinstance(config, Mapping) else read_yaml(config) if config is not None else {}
-    base = values["config"] = dict(values.get("config") or {})
+    values = deepcopy(dict(config)) if isinstance(config, Mapping) else read_yaml(config) if config is not None else {}
+    base = values["config"] = values.get("config") or {}
+    if not isinstance(base, dict):
+        raise OsmlError(f"'config' of a sweep holds keys and values of a training; got {base!r}")
     if loss is not None:
         if "loss" in (values.get("space") or {}):
             raise OsmlError("the sweep's space names the losses already: leave out --loss, or take 'loss' out of it")
@@ -217,14 +205,20 @@ def prepare(
     split = split_of(split, items, n_known, config.seed)
     items, survey = readable_items(items, skip_bad, progress)
     n_epochs = epochs(config, 0 if survey is None else 1)
+    if config.training.patience is not None:
+        raise OsmlError("training.patience has no place in a sweep, whose scheduler stops trials: leave it out")
     data = sweep_data(items, survey, split, config, settings.folds)
+    plan = Plan(settings, space, n_epochs)
     if settings.winner == "as-is" and not data.own:
         raise OsmlError(
             "the winner cannot be taken as it is: the split names no pseudo-unknown classes, so every trial holds out "
             "some known ones; name some, or use winner: retrain"
         )
-    check_choices(config, data.folds[0].split, n_epochs)
-    plan = Plan(settings, space, n_epochs)
+    threshold_of(config)  # refuses a rate that is said twice
+    # The winner may be trained again, on the split itself.
+    for trained_on in (data.folds[0].split, split):
+        for name, params in plan.rules(config):
+            check_choices(with_part(config, "threshold", name, params), trained_on, n_epochs, rate_is_said=True)
     return Job(str(source), split, data, plan, items, items.fingerprint(), skip_bad)
 
 
@@ -236,19 +230,13 @@ def _run(asked: Asked, job: Job, out: Path, progress: bool) -> dict[str, Any]:
     table = LiveTable() if progress else None
 
     def store(sweep: Sweep, trial: Trial) -> None:
-        runs.record(
-            trial.id,
-            number=trial.number,
-            params=trial.params,
-            history=trial.history,
-            status=trial.status,
-            error=trial.error,
-            extra_tags={"osml.status": trial.status, "chosen": json.dumps(trial.chosen)},
-        )
+        _record(runs, trial)
         if table:
             table.update(sweep)
 
-    recorder = Recorder(out / LINES, blank, job.plan.epochs, [store])
+    recorder = Recorder(out / LINES, blank, job.plan.epochs_of, [store])
+    for trial in recorder.sweep.trials:
+        store(recorder.sweep, trial)  # what the store missed, and who is done already
     ended = "FAILED"
     try:
         try:
@@ -257,7 +245,6 @@ def _run(asked: Asked, job: Job, out: Path, progress: bool) -> dict[str, Any]:
             if table:
                 table.stop()
         swept = recorder.sweep
-        runs.drop({t.id for t in swept.trials})
         open_ones = sum(t.status in ("running", "waiting") for t in swept.trials)
         if open_ones or len(swept.trials) < settings.trials:
             ended = "KILLED"
@@ -273,7 +260,7 @@ def _run(asked: Asked, job: Job, out: Path, progress: bool) -> dict[str, Any]:
     finally:
         if ended != "FINISHED":
             runs.close(ended)
-    return _closed(runs, out, result)
+    return _stored(asked, out, result, runs, recorder)
 
 
 def _fit(asked: Asked, job: Job, out: Path, recorder: Recorder) -> tune.ResultGrid:
@@ -319,7 +306,6 @@ def _finish(
         progress=progress,
     )
     test = _tested(job, bundle, progress)
-    write_page(out / "report.html", swept, {"validation": _shown(winner.figures), "test": _shown(test or {})})
     result = {
         "trials": len(swept.trials),
         "finished": counts["finished"],
@@ -331,47 +317,71 @@ def _finish(
         "test": test,
         "bundle": str(bundle),
         "report": str(out / "report.html"),
-        "tracking_uri": asked.tracking_uri,
+        "tracking_uri": tracking.shown(asked.tracking_uri),
         "run_id": run_id,
         "model": None,
         "registered": None,
         "model_version": None,
+        "stored": False,
     }
-    _write_json(out / RESULT, result)  # before the store is asked for anything: the test is not looked at twice
-    return _registered(asked, out, result)
+    write_json(out / RESULT, result)  # before anything else can fail: the test is not looked at twice
+    write_page(out / "report.html", swept, {"validation": _shown(winner.figures), "test": _shown(test or {})})
+    return result
 
 
-def _registered(asked: Asked, out: Path, result: dict[str, Any]) -> dict[str, Any]:
-    """The result, with its bundle logged as a model, and registered where that was asked for."""
-    oscr = f"{result['validation']['oscr']:.6f}"
-    tags = {"sweep": asked.id, "data_path": asked.data, "validation_oscr": oscr}
-    uri, version = tracking.log_bundle(out / "best", run_id=result["run_id"], register=asked.register, tags=tags)
-    result = result | {"model": uri, "registered": asked.register, "model_version": version}
-    _write_json(out / RESULT, result)
+def _stored(asked: Asked, out: Path, result: dict[str, Any], runs: SweepRuns, recorder: Recorder) -> dict[str, Any]:
+    """The result, with its bundle logged as a model, registered where that was asked for, and all runs ended. A store
+    that is away costs a warning: resuming the sweep stores what is missing."""
+    try:
+        runs.drop({t.id for t in recorder.sweep.trials})
+        if result["model"] is None or asked.register not in (None, result["registered"]):
+            oscr = f"{result['validation']['oscr']:.6f}"
+            tags = {"sweep": asked.id, "data_path": asked.data, "validation_oscr": oscr}
+            uri, version = tracking.log_bundle(
+                out / "best", run_id=result["run_id"], register=asked.register, tags=tags
+            )
+            result = result | {"model": uri, "registered": asked.register, "model_version": version}
+            write_json(out / RESULT, result)
+        files = [out / name for name in ("best.yaml", "report.html", RESULT) if (out / name).is_file()]
+        stored = runs.close("FINISHED", _prefixed(result), {"best_trial": result["best"]["trial"]}, files)
+    except OsmlError as error:
+        runs.close("FAILED")
+        logger.warning("the sweep is done, but not all of it is stored (%s); --resume stores it", error)
+        return result
+    result = result | {"stored": stored}
+    write_json(out / RESULT, result)
     return result
 
 
 def _concluded(asked: Asked, out: Path) -> dict[str, Any]:
     """The result of a sweep whose trials are done; what the store did not take then, or was not asked to, it gets."""
     result = json.loads((out / RESULT).read_text(encoding="utf-8"))
-    if result["model"] is not None and asked.register in (None, result["registered"]):
+    if result["stored"] and asked.register in (None, result["registered"]):
         return result
-    os.environ["MLFLOW_TRACKING_URI"] = asked.tracking_uri
     tracking.check_tracking(asked.tracking_uri)
+    asked.write(out)
     runs = _runs(asked)
     runs.start(out.name, {}, {})
-    return _closed(runs, out, _registered(asked, out, result))
+    recorder = Recorder(out / LINES, Sweep([], [], asked.settings.objective, 0), lambda params: 0)
+    for trial in recorder.sweep.trials:
+        _record(runs, trial)
+    return _stored(asked, out, result, runs, recorder)
 
 
 def _runs(asked: Asked) -> SweepRuns:
     return SweepRuns(asked.tracking_uri, os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT), asked.id)
 
 
-def _closed(runs: SweepRuns, out: Path, result: dict[str, Any]) -> dict[str, Any]:
-    """The result, after its runs have ended with all that is to be seen of them."""
-    files = [out / name for name in ("best.yaml", "report.html", RESULT) if (out / name).is_file()]
-    runs.close("FINISHED", _prefixed(result), {"best_trial": result["best"]["trial"]}, files)
-    return result
+def _record(runs: SweepRuns, trial: Trial) -> None:
+    runs.record(
+        trial.id,
+        number=trial.number,
+        params=trial.params,
+        history=trial.history,
+        status=trial.status,
+        error=trial.error,
+        extra_tags={"osml.status": trial.status, "chosen": json.dumps(trial.chosen)},
+    )
 
 
 def _tested(job: Job, bundle: Path, progress: bool) -> dict[str, Any] | None:
@@ -437,10 +447,3 @@ def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
         else:
             found[before + key] = yaml.safe_dump(value).strip() if isinstance(value, Mapping | list) else value
     return found
-
-
-def _write_json(file: Path, values: Mapping[str, Any]) -> None:
-    """Whole, or not at all."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}.part")
-    aside.write_text(json.dumps(values, indent=1, ensure_ascii=False, default=float), encoding="utf-8")
-    os.replace(aside, file)

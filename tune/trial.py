@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from ray import tune
 
+from osml_plugin import thresholds
 from osml_plugin.config import Config
 from osml_plugin.errors import OsmlError
-from osml_plugin.pipeline import threshold_of, tried
+from osml_plugin.pipeline import rate_of, tried
 from osml_plugin.training import Trainer
 from osml_plugin.training_run import TrainingRun
 
@@ -43,7 +44,13 @@ class Plan:
     def longest(self) -> int:
         """Epochs of the longest trial."""
         searched = [d for d in self.space.dimensions if d.name == "training.epochs"]
-        return max([int(d.high) if d.kind != "choice" else max(d.choices) for d in searched], default=self.epochs)
+        ends = [v for d in searched for v in (d.choices if d.kind == "choice" else (d.high,))]
+        return max([self.epochs_of({"training.epochs": v}) for v in ends], default=self.epochs)
+
+    def epochs_of(self, params: Mapping[str, Any]) -> int:
+        """Epochs of the trial with these parameters."""
+        given = params.get("training.epochs", "auto")
+        return self.epochs if given == "auto" else int(given)
 
     @property
     def grace(self) -> int:
@@ -61,10 +68,9 @@ class Plan:
         return self.space.inner_detectors or tried(config)
 
     def rules(self, config: Config) -> list[Rule]:
-        """The threshold rules that a trial tries."""
+        """The threshold rules that a trial tries, with all their parameters."""
         named = self.space.inner_thresholds or [(config.threshold.name, config.threshold.args)]
-        made = [threshold_of(with_part(config, "threshold", *rule)) for rule in named]
-        return [(threshold.name, threshold.params) for threshold in made]
+        return [(name, thresholds.create(name, **rate_of(name, config.alpha) | args).params) for name, args in named]
 
 
 DRAWN = "drawn"

@@ -28,6 +28,7 @@ def make_tuner(data: SweepData, plan: Plan, *, storage: str | Path, name: str = 
         storage: the folder (or s3://… address) in which the experiment's folder `name` is made.
     """
     settings = plan.settings
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     search, param_space = None, {}
     if settings.search == "optuna":
         search = optuna_search(plan)
@@ -81,7 +82,6 @@ def optuna_search(plan: Plan) -> Searcher:
     """Tree-structured Parzen estimators (Bergstra et al. 2011) over the whole space at once, conditional parameters in
     groups. The first trial is the configuration as it is, where the space holds it."""
     settings = plan.settings
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler = optuna.samplers.TPESampler(

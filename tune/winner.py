@@ -10,15 +10,15 @@ import yaml
 from ray import tune
 
 from osml_plugin.bundle import save_bundle
-from osml_plugin.config import Config
-from osml_plugin.data import Split
+from osml_plugin.config import Config, make_config
+from osml_plugin.data import Fractions, Split
 from osml_plugin.errors import OsmlError
 from osml_plugin.pipeline import assemble, train
 from osml_plugin.selection import Candidate
 
 from .folds import SweepData
 from .results import Trial
-from .trial import Plan, load_run, params_of, with_part
+from .trial import Plan, load_run, params_of
 
 
 @dataclass(frozen=True)
@@ -42,23 +42,32 @@ def find_winner(ranked: list[Trial], results: tune.ResultGrid, plan: Plan) -> Wi
             before = kept.get(metrics["trial_id"])
             if before is None or metrics[plan.settings.objective] > before[1][plan.settings.objective]:
                 kept[metrics["trial_id"]] = (checkpoint, metrics)
-    for trial in ranked:
-        if trial.id in kept:
-            checkpoint, metrics = kept[trial.id]
-            chosen = metrics["chosen"]
-            trial = replace(trial, params=dict(params_of(metrics["config"])))  # pbt may have moved on since
-            config = with_part(plan.space.config(trial.params), "detector", chosen["detector"], chosen["params"])
-            threshold = chosen["threshold"]
-            config = with_part(config, "threshold", threshold["name"], _given(threshold["params"], config))
-            config = config.model_copy(update={"model": config.model.model_copy(update={"output": chosen["output"]})})
-            figures = {name: metrics[name] for name in metrics["reported"]}
-            return Winner(trial, metrics["epoch"], figures, chosen, config, checkpoint)
-    raise OsmlError("no trial left a checkpoint to make a recogniser of: look at the failed trials")
+    left = [trial for trial in ranked if trial.id in kept]
+    if not left:
+        raise OsmlError("no trial left a checkpoint to make a recogniser of: look at the failed trials")
+    # Of those that are kept: a trial of pbt may have left its best behind.
+    trial = max(left, key=lambda t: kept[t.id][1][plan.settings.objective])
+    checkpoint, metrics = kept[trial.id]
+    trial = replace(trial, params=dict(params_of(metrics["config"])))  # pbt may have moved on since
+    figures = {name: metrics[name] for name in metrics["reported"]}
+    config = _config_of(plan.space.config(trial.params), metrics["chosen"])
+    return Winner(trial, metrics["epoch"], figures, metrics["chosen"], config, checkpoint)
 
 
-def _given(params: dict[str, Any], config: Config) -> dict[str, Any]:
-    """A threshold's parameters without those that `alpha` stands for already."""
-    return {k: v for k, v in params.items() if not (k == "alpha" and v == config.alpha)}
+def _config_of(config: Config, chosen: dict[str, Any]) -> Config:
+    """The trial's configuration with what was chosen in it; the rate of the threshold is `alpha`."""
+    values = config.model_dump(mode="json", exclude_none=True)
+    threshold = dict(chosen["threshold"]["params"])
+    if (name := chosen["threshold"]["name"]) == "conformal":
+        values["alpha"] = threshold.pop("alpha")
+    elif name == "quantile":
+        values["alpha"] = 1 - threshold.pop("accepted")
+    values["threshold"] = {"name": name, **threshold}
+    values["detector"] = {"name": chosen["detector"], **chosen["params"]}
+    values["model"]["output"] = chosen["output"]
+    if config.data.fractions == Fractions():
+        del values["data"]["fractions"]  # where they are not said, calibration gets what the rate needs
+    return make_config(values)
 
 
 def write_winner(
@@ -91,5 +100,5 @@ def write_winner(
 
 def write_config(config: Config, file: Path) -> None:
     """As YAML that `osml train -c` takes."""
-    values = config.model_dump(mode="json", exclude_none=True)
+    values = config.model_dump(mode="json", exclude_unset=True)
     file.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
