@@ -14,21 +14,21 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import typer
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.dashboard.modules.job.cli import job_cli_group
 from ray.scripts.scripts import start as ray_start
 
 from osml_plugin.errors import OsmlError
+from osml_plugin.tune.cli import app as tune_app
 from osml_plugin.tune.settings import SweepConfig
 
 ROOT = Path(__file__).parent.parent
 CLUSTER = ROOT / "tune" / "cluster"
 LAUNCHER_FILES = ("ray-cluster.yaml", "ray-cluster-local.yaml")
-TUNE_OPTIONS = {
-    "--data", "--split", "--loss", "-c", "--config", "--trials", "--seed", "--out", "--resume", "--register",
-    "--address", "--json", "--set", "--gpus-per-trial",
-}  # fmt: skip
+TUNE_OPTIONS = {option for p in typer.main.get_command(tune_app).commands["tune"].params for option in p.opts}
+"""Of `osml tune`, as it is."""
 
 
 def text(name: str) -> str:
