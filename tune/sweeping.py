@@ -123,7 +123,7 @@ def sweep(
         tracking.check_tracking(asked.tracking_uri)
         return _swept(asked, out, split, n_known, progress)
     finally:
-        os.environ.pop("MLFLOW_TRACKING_URI")
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
         if before is not None:
             os.environ["MLFLOW_TRACKING_URI"] = before
 
