@@ -19,8 +19,10 @@ def report(epoch: int, oscr: float) -> dict:
     return figures | {"reported": list(figures), "chosen": chosen, "curve": [[0.0, oscr]], "time_total_s": 1.0 * epoch}
 
 
-def recorder(tmp_path, epochs: int = 3) -> Recorder:
-    return Recorder(tmp_path / "trials.jsonl", Sweep([], [], "oscr", 2), lambda params: epochs)
+def recorder(tmp_path, epochs: int = 3, ids: str = "abc") -> Recorder:
+    made = Recorder(tmp_path / "trials.jsonl", Sweep([], [], "oscr", 2), lambda params: epochs)
+    made.meet(list(ids))
+    return made
 
 
 def test_it_is_the_same_when_read_back(tmp_path):
@@ -51,6 +53,13 @@ def test_epochs_that_are_repeated_after_a_resume_count_once(tmp_path):
     second.started(ray_trial("a"))
     second.reported(ray_trial("a"), report(2, 0.8))
     assert [(h["epoch"], h["oscr"]) for h in second.sweep.trials[0].history] == [(1, 0.5), (2, 0.8)]
+
+
+def test_trials_are_numbered_as_they_were_drawn_not_as_they_began(tmp_path):
+    now = recorder(tmp_path)
+    now.started(ray_trial("b"))
+    now.started(ray_trial("a"))
+    assert [(t.id, t.number) for t in now.sweep.trials] == [("a", 0), ("b", 1)]
 
 
 def test_a_line_that_was_cut_off_is_no_line(tmp_path):

@@ -380,7 +380,7 @@ def test_a_server_that_goes_away_and_comes_back(empty_store, bundle, tmp_path, m
             assert not runs.record("b", number=1, params={"lr": 0.2}, history=epochs(1), status="running")
             assert not runs.record("b", number=1, params={"lr": 0.2}, history=epochs(2), status="finished")
             waiting = pickle.loads(pickle.dumps(runs))
-        assert len([r for r in caplog.records if r.name == "osml_plugin.tracking"]) == 1
+        assert len([r for r in caplog.records if r.name == "osml_plugin.tune.runs"]) == 1
         assert not pickle.loads(pickle.dumps(runs)).close("FINISHED")  # nothing raises, nothing is lost
         server = start_server(port, tmp_path)
         waiting.start("sweep", {}, {})

@@ -70,16 +70,22 @@ class Recorder:
     ):
         self.journal, self.blank, self.epochs_of, self.watchers = Journal(journal), blank, epochs_of, watchers
         self.trials: dict[str, Trial] = {}
+        self.numbers: dict[str, int] = {}
         for entry in self.journal.entries():
+            self.numbers[entry["id"]] = entry["number"]
             self._take(entry)
 
     @property
     def sweep(self) -> Sweep:
         return replace(self.blank, trials=sorted(self.trials.values(), key=lambda t: t.number))
 
-    def keep_only(self, ids: set[str]) -> None:
-        """Forget trials that Ray does not know: they began after its last snapshot, and are drawn again."""
-        self.trials = {i: t for i, t in self.trials.items() if i in ids}
+    def meet(self, ids: Sequence[str]) -> None:
+        """All trials that Ray knows, in the order in which they were drawn, by which they are numbered. Others are
+        forgotten: they began after its last snapshot, and are drawn again."""
+        for id_ in ids:
+            if id_ not in self.numbers:
+                self.numbers[id_] = max(self.numbers.values(), default=-1) + 1
+        self.trials = {i: t for i, t in self.trials.items() if i in set(ids)}
 
     # --- what happens -------------------------------------------------------------------------------------
 
@@ -111,7 +117,8 @@ class Recorder:
 
     def _write(self, trial: Any, **fields: Any) -> None:
         params = params_of(trial.config)
-        entry = {"id": trial.trial_id, "params": params, "time": time.time(), **fields}
+        number = self.numbers[trial.trial_id]
+        entry = {"id": trial.trial_id, "number": number, "params": params, "time": time.time(), **fields}
         self.journal.append(entry)
         now = self._take(entry)
         for watcher in self.watchers:
@@ -120,8 +127,7 @@ class Recorder:
     def _take(self, entry: dict[str, Any]) -> Trial:
         trial = self.trials.get(entry["id"])
         if trial is None:
-            number = max((t.number for t in self.trials.values()), default=-1) + 1
-            trial = Trial(entry["id"], number, "waiting", {})
+            trial = Trial(entry["id"], entry["number"], "waiting", {})
         trial = replace(trial, params=entry["params"], status=entry["status"], error=entry.get("error", trial.error))
         trial = replace(trial, seconds=entry.get("seconds", trial.seconds))
         if figures := entry.get("figures"):
@@ -168,5 +174,5 @@ class Relay(Callback):
 def _told(trials: list) -> Recorder | None:
     """The recorder, after it has heard which trials there are."""
     if Recorder.current is not None:
-        Recorder.current.keep_only({trial.trial_id for trial in trials})
+        Recorder.current.meet([trial.trial_id for trial in trials])
     return Recorder.current
