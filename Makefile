@@ -3,13 +3,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-long lint bench clean
 
 demo: $(STAMP)  ## the whole line on real images: sweep, promote, test, group, enrol, test again
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)  ## all tests
 	$(BIN)/python -m pytest
+
+test-long: $(STAMP)  ## what takes minutes: ten thousand mutated requests, replicas killed again and again
+	$(BIN)/python -m pytest -m long
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

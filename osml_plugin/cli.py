@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,6 +47,13 @@ Trust = Annotated[
     list[str] | None,
     typer.Option("--trust-factory", metavar="PACKAGE.MODULE:FACTORY", help="Trunk code that the bundle may run."),
 ]
+
+
+OnRay = Annotated[bool, typer.Option("--ray", help="Work on Ray Data, and write a folder of Parquet files.")]
+Address = Annotated[
+    str | None, typer.Option(help="With --ray: a running cluster, auto or host:6379.  [default: this machine]")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -208,21 +216,83 @@ def predict(
 
 
 @app.command()
+def recognize(
+    model: Model,
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA",
+            help="A folder of images; a Parquet file or a folder of them, with a column image, path or embedding; "
+            "or what `osml predict` takes.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="A .parquet or .csv file; with --ray a folder.")],
+    ray: OnRay = False,
+    address: Address = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Give images that cannot be read a row with the error.")
+    ] = False,
+    overwrite: Overwrite = False,
+    trust_factory: Trust = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say of millions of items what they are: a table with a row for each.
+
+    Example: osml recognize models:/birds@champion photos --out answers.parquet
+    """
+    from .bulk import recognize_dataset
+
+    done = recognize_dataset(
+        model,
+        data,
+        out,
+        ray=ray,
+        address=address,
+        skip_bad=skip_bad,
+        factories=trust_factory or (),
+        overwrite=overwrite,
+    )
+    if as_json:
+        print_json({"n_items": done.n, "n_unknown": done.n_unknown, "n_bad": done.n_bad, "out": str(out)})
+        return
+    known = done.n - done.n_unknown - done.n_bad
+    print(f"{done.n} items: {known} known, {done.n_unknown} unknown, {done.n_bad} unreadable  {out}")
+
+
+@app.command()
 def embed(
     model: Model,
-    data: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of images, or a manifest.")],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The .npz or .safetensors file to write.")],
+    data: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Images, or a manifest; with --ray what `osml recognize` takes.")
+    ],
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="The .npz or .safetensors file to write; with --ray a folder.")
+    ],
+    ray: OnRay = False,
+    address: Address = None,
     skip_bad: SkipBad = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="With --ray: replace what is there.")] = False,
     trust_factory: Trust = None,
 ) -> None:
     """Write the embeddings of images to a file, which every other command takes in place of images.
 
     Example: osml embed bundle photos --out photos.npz
     """
-    from . import commands
+    if not ray:
+        from .commands import embed as run
 
-    n = commands.embed(model, data, out, skip_bad=skip_bad, factories=trust_factory or ())
-    print(f"{n} embeddings  {out}")
+        if address is not None:
+            raise OsmlError(f"address '{address}' is of a Ray cluster, and this is to run without Ray: add --ray")
+        n = run(model, data, out, skip_bad=skip_bad, factories=trust_factory or ())
+        print(f"{n} embeddings  {out}")
+        return
+    from .bulk import embed_to_parquet
+
+    done = embed_to_parquet(
+        model, data, out, address=address, skip_bad=skip_bad, factories=trust_factory or (), overwrite=overwrite
+    )
+    unreadable = f", {done.n_bad} unreadable" if done.n_bad else ""
+    print(f"{done.n - done.n_bad} embeddings{unreadable}  {out}")
 
 
 @app.command()
@@ -370,8 +440,17 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # a terminal without τ shows its number
     logging.basicConfig(format="osml: %(message)s", level=logging.WARNING)
     for wing in entry_points(group="osml_plugin.commands"):
-        app.registered_commands += wing.load().registered_commands
+        wing_app = wing.load()
+        app.registered_commands += wing_app.registered_commands
+        app.registered_groups += wing_app.registered_groups
     run(app)
+
+
+def needs(extra: str, *packages: str) -> None:
+    """Raise OsmlError, naming the extra, where one of these is not installed."""
+    for package in packages:
+        if find_spec(package) is None:
+            raise OsmlError(f"this command needs {package}: pip install 'osml-plugin[{extra}]'")
 
 
 def run(command: Callable[[], Any]) -> None:

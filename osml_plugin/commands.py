@@ -43,7 +43,7 @@ def evaluate(
     those that it names; without it every class that the bundle does not know is unknown. `alpha` has the threshold
     fitted again, on the bundle's own calibration items, at another rate.
     """
-    recognizer = _recognizer(model, factories)
+    recognizer = open_recognizer(model, factories)
     if alpha is not None:
         recognizer = copy(recognizer).keep_rate(alpha)  # whoever passed one keeps it as it was
     items = open_items(data)
@@ -75,7 +75,7 @@ def predict(
     progress: bool = True,
 ) -> tuple[Recognition, Items]:
     """Recognise images, folders of images, or embeddings files; the items come with the answer, in order."""
-    recognizer = _recognizer(model, factories)
+    recognizer = open_recognizer(model, factories)
     items, _ = readable_items(_collect(paths), skip_bad, progress)
     bar = "recognising" if progress else None
     return recognizer.predict(_inputs(items), neighbours=neighbours, progress=bar), items
@@ -91,7 +91,7 @@ def embed(
     progress: bool = True,
 ) -> int:
     """Write the embeddings of a folder or manifest to an `.npz` or `.safetensors` file; returns how many."""
-    recognizer = _recognizer(model, factories)
+    recognizer = open_recognizer(model, factories)
     items, embeddings = _embedded(recognizer, open_items(data, labelled=False), skip_bad, progress)
     write_embeddings(out, embeddings.numpy(), items.labels, paths=items.paths)
     return len(items)
@@ -123,7 +123,7 @@ def discover(
     progress: bool = True,
 ) -> DiscoverResult:
     """Group the items of `data` that the recognizer rejects (or, with `everything`, all of them) into new classes."""
-    recognizer = _recognizer(model, factories)
+    recognizer = open_recognizer(model, factories)
     items, embeddings = _embedded(recognizer, open_items(data, labelled=False), skip_bad, progress)
     keep = np.ones(len(items), dtype=bool)
     if not everything:
@@ -191,7 +191,7 @@ def _inputs(items: Items) -> Any:
     return items.paths if items.embeddings is None else items.embeddings
 
 
-def _recognizer(model: str | Path | OpenSetRecognizer, factories: Sequence[str]) -> OpenSetRecognizer:
+def open_recognizer(model: str | Path | OpenSetRecognizer, factories: Sequence[str]) -> OpenSetRecognizer:
     """Of a bundle, a registered model (`models:/NAME@champion`), or as it is."""
     if isinstance(model, OpenSetRecognizer):
         return model

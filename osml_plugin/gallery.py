@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -38,6 +37,13 @@ class Gallery:
     next_id: int
     """The id of the next new class: never one that was used before, so that nothing is taken for a forgotten class."""
     version: int = 0
+    index: NeighborIndex | None = field(default=None, repr=False, compare=False)
+    """Searches the references; a new one unless that of these very references is given."""
+
+    def __post_init__(self):
+        if self.index is None or self.index.references is not self.embeddings:
+            object.__setattr__(self, "embeddings", self.embeddings.contiguous())
+            object.__setattr__(self, "index", NeighborIndex(self.embeddings, self.labels))
 
     def __len__(self) -> int:
         return len(self.embeddings)
@@ -64,12 +70,15 @@ class Gallery:
         label = {n: i for i, n in classes.items()}.get(name)
         label = self._new_id(name) if label is None else label
         classes[label] = name
+        labels = torch.cat([self.labels, self.labels.new_full((len(embeddings),), label)])
+        embeddings = torch.cat([self.embeddings, embeddings])
         return replace(
             self,
-            embeddings=torch.cat([self.embeddings, embeddings]),
-            labels=torch.cat([self.labels, self.labels.new_full((len(embeddings),), label)]),
+            embeddings=embeddings,
+            labels=labels,
+            index=self.index.moved(embeddings, labels, torch.arange(len(self))),
             classes=classes,
-            enrolled=torch.cat([self.enrolled, torch.ones(len(embeddings), dtype=torch.bool)]),
+            enrolled=torch.cat([self.enrolled, torch.ones(len(labels) - len(self), dtype=torch.bool)]),
             next_id=max(self.next_id, label + 1),
             version=self.version + 1,
         )
@@ -86,20 +95,19 @@ class Gallery:
         label = self.id_of(name)
         if len(self.classes) == 2:
             raise OsmlError(f"'{name}' is one of the last two classes: a gallery needs at least two")
-        keep = self.labels != label
         classes = {i: n for i, n in self.classes.items() if i != label}
-        return replace(
-            self,
-            embeddings=self.embeddings[keep],
-            labels=self.labels[keep],
-            classes=classes,
-            enrolled=self.enrolled[keep],
-            version=self.version + 1,
-        )
+        return replace(self.keep(self.labels != label), classes=classes, version=self.version + 1)
+
+    def keep(self, kept: Tensor) -> Gallery:
+        """With these references only, bool `(R,)`; classes and version as they are."""
+        embeddings, labels = self.embeddings[kept], self.labels[kept]
+        rows = torch.where(kept, kept.cumsum(0) - 1, -1)
+        index = self.index.moved(embeddings, labels, rows)
+        return replace(self, embeddings=embeddings, labels=labels, enrolled=self.enrolled[kept], index=index)
 
     def neighbors(self, embeddings: Tensor, k: int) -> list[list[Neighbor]]:
         """The k nearest references of each item `(N, D)`, nearest first."""
-        distances, indices = self._index.search(embeddings, k)
+        distances, indices = self.index.search(embeddings, k)
         names = [[self.classes[i] for i in row] for row in self.labels[indices].tolist()]
         return [
             [Neighbor(n, d) for n, d in zip(*row, strict=True)] for row in zip(names, distances.tolist(), strict=True)
@@ -124,7 +132,3 @@ class Gallery:
                 enrolled = self.enrolled[of_class]
                 fold[of_class[enrolled]] = distinct[enrolled] % min(n, len(first))
         return fold
-
-    @cached_property
-    def _index(self) -> NeighborIndex:
-        return NeighborIndex(self.embeddings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -271,8 +271,15 @@ class OpenSetRecognizer:
         """Group unknown images or embeddings into proposed classes, as fine as the held-out classes are."""
         return self.group(self.embed(items), n_classes=n_classes, seed=seed)
 
-    def group(self, embeddings: Tensor, *, n_classes: int | None = None, seed: int = 0) -> Discovery:
-        """The same for embeddings that `embed` gave."""
+    def group(
+        self,
+        embeddings: Tensor,
+        *,
+        n_classes: int | None = None,
+        seed: int = 0,
+        progress: Callable[[float], None] | None = None,
+    ) -> Discovery:
+        """The same for embeddings that `embed` gave; `progress` is told how far it is, from 0 to 1."""
         held = [h for h in (self.calibration, self.validation) if h is not None and len(h)]
         known = torch.cat([h.embeddings for h in held]) if held else None
         names = np.concatenate([np.array(h.names) for h in held]) if held else None
@@ -285,6 +292,7 @@ class OpenSetRecognizer:
             in_gallery=known_now,
             n_classes=n_classes,
             seed=seed,
+            progress=progress,
         )
 
     # On disk ----------------------------------------------------------------------------------------------
@@ -345,7 +353,7 @@ class OpenSetRecognizer:
     def _fitted_detector(self, gallery: Gallery) -> Detector:
         detector = detectors.create(self.detector.name, **self.detector.params)
         weights = self._weights_of(gallery) if detector.needs_class_weights else None
-        return detector.fit(gallery.embeddings, gallery.labels, weights)
+        return detector.fit(gallery.index, gallery.labels, weights)
 
     def _weights_of(self, gallery: Gallery) -> Tensor | None:
         """Proxies in the order of class ids. An enrolled class gets an imprinted one (Qi et al. 2018): its mean
@@ -370,8 +378,9 @@ class OpenSetRecognizer:
         calibration = self.detector.score(self.calibration.embeddings[kept])
         fold, enrolled = gallery.folds(FOLDS), [calibration[:0]]
         for f in range(int(fold.max()) + 1):
-            rest = replace(gallery, embeddings=gallery.embeddings[fold != f], labels=gallery.labels[fold != f])
-            enrolled.append(self._fitted_detector(rest).score(gallery.embeddings[fold == f]))
+            out = fold == f
+            rest = replace(gallery, labels=gallery.labels.where(~out, UNKNOWN), index=gallery.index.without(out))
+            enrolled.append(self._fitted_detector(rest).score(gallery.embeddings[out]))
         return calibration.numpy(), torch.cat(enrolled).numpy()
 
     def _p_values(self, scores: Tensor) -> np.ndarray | None:

@@ -317,6 +317,7 @@ def is_model_uri(text: str | Path) -> bool:
     return str(text).startswith(("models:/", "runs:/"))
 
 
+_REGISTERED = re.compile(r"models:/([^/@]+)(?:@([^/]+)|/(\d+))")
 _downloads: dict[tuple[str, str], Path] = {}
 
 
@@ -331,10 +332,9 @@ def download_bundle(uri: str) -> Path:
     import mlflow
 
     with mlflow_calls(store, timeout=120):
-        named = re.fullmatch(r"models:/([^/@]+)(?:@([^/]+)|/(\d+))", uri)
-        if named:
-            name, alias, number = named.groups()
-            uri = f"models:/{name}/{find_version(name, alias=alias, version=number).version}"
+        if _REGISTERED.fullmatch(uri):
+            name, number = resolve_model(uri)
+            uri = f"models:/{name}/{number}"
         if (store, uri) not in _downloads:
             here = tempfile.mkdtemp(prefix="osml-")
             atexit.register(shutil.rmtree, here, ignore_errors=True)
@@ -344,6 +344,22 @@ def download_bundle(uri: str) -> Path:
                 raise OsmlError(f"'{uri}' holds no bundle: expected a model that `osml tune --register` logged")
             _downloads[store, uri] = found[0].parent
         return _downloads[store, uri]
+
+
+def resolve_model(uri: str) -> tuple[str, int]:
+    """Name and version of a registered model, `models:/NAME@alias` or `models:/NAME/7`.
+
+    Raises:
+        OsmlError: for another address, and as `find_version`.
+    """
+    named = _REGISTERED.fullmatch(uri)
+    if not named:
+        raise OsmlError(f"'{uri}' names no registered model: expected models:/NAME@alias or models:/NAME/7")
+    store = tracking_uri()
+    check_tracking(store)
+    name, alias, number = named.groups()
+    with mlflow_calls(store):
+        return name, int(find_version(name, alias=alias, version=number).version)
 
 
 def find_version(name: str, *, alias: str | None = None, version: int | str | None = None) -> Any:

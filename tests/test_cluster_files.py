@@ -232,6 +232,12 @@ CONTAINER = fields(
     ["name", "image", "resources"],
     name=STRING,
     image={"type": "string", "pattern": r"^[\w.\-/]+:[\w.\-]+$"},
+    command={"type": "array", "items": STRING},
+    env={"type": "array", "items": {"oneOf": [
+        fields(["name", "value"], name=STRING, value=STRING),
+        fields(["name", "valueFrom"], name=STRING, valueFrom=fields(
+            ["secretKeyRef"], secretKeyRef=fields(["name", "key"], name=STRING, key=STRING))),
+    ]}},
     envFrom={"type": "array", "items": fields(["secretRef"], secretRef=fields(["name"], name=STRING))},
     resources=RESOURCES,
     securityContext=fields(
@@ -245,12 +251,13 @@ CONTAINER = fields(
             ["name", "mountPath"], name=STRING, mountPath={"type": "string", "pattern": "^/"}, readOnly=BOOLEAN
         ),
     },
-)
+)  # fmt: skip
 VOLUME = fields(
     ["name"],
     name=STRING,
     persistentVolumeClaim=fields(["claimName"], claimName=STRING),
     configMap=fields(["name"], name=STRING),
+    emptyDir=fields([], sizeLimit=QUANTITY),
 )
 POD = fields(
     ["containers"],
@@ -258,6 +265,7 @@ POD = fields(
     volumes={"type": "array", "items": VOLUME},
     securityContext=fields([], runAsNonRoot={"const": True}, runAsUser=INTEGER, fsGroup=INTEGER),
     automountServiceAccountToken=BOOLEAN,
+    terminationGracePeriodSeconds=COUNT,
     tolerations={
         "type": "array",
         "items": fields(["key"], key=STRING, operator={"enum": ["Exists", "Equal"]}, effect={"enum": ["NoSchedule"]}),
@@ -468,7 +476,7 @@ def test_image_is_built_from_all_that_the_package_needs(job, project):
     needed = {"pyproject.toml", "constraints.txt", project["project"]["readme"], *project["project"]["license-files"]}
     assert needed | set(project["tool"]["setuptools"]["package-dir"].values()) == copied
     assert all((ROOT / name).exists() for name in copied)
-    assert "pip install --no-cache-dir -c constraints.txt '.[tune]'" in text("Dockerfile")
+    assert "pip install --no-cache-dir -c constraints.txt '.[tune,serve]'" in text("Dockerfile")
     tag = f"registry.example/osml-plugin:{project['project']['version']}"
     assert {pod["spec"]["containers"][0]["image"] for pod in pods(job)} == {tag}
     assert f"-t {tag} ." in text("Dockerfile")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from osml_plugin.cli import AsJson, Data, SkipBad, SplitFile, figure, print_json
-from osml_plugin.errors import OsmlError
+from osml_plugin.cli import AsJson, Data, SkipBad, SplitFile, figure, needs, print_json
 
 app = typer.Typer()
 
@@ -56,7 +54,7 @@ def tune(
 
     Example: osml tune --data photos --n-known 6 --loss ArcFaceLoss --trials 20 --out sweep --register birds
     """
-    _needs("ray", "optuna", "mlflow", "matplotlib")
+    needs("tune", "ray", "optuna", "mlflow", "matplotlib")
     from .sweeping import Interrupted, sweep
 
     try:
@@ -121,7 +119,7 @@ def promote(
 
     Example: osml promote birds
     """
-    _needs("mlflow")
+    needs("tune", "mlflow")
     from .promotion import promote as run
 
     done = run(name, data=data, version=version, force=force)
@@ -137,7 +135,7 @@ def rollback(name: Registered, as_json: AsJson = False) -> None:
 
     Example: osml rollback birds
     """
-    _needs("mlflow")
+    needs("tune", "mlflow")
     from .promotion import rollback as run
 
     version = run(name)
@@ -151,12 +149,6 @@ def _end(result: dict, register: str | None) -> None:
     """Exit status 1 where the winner was to be registered, and the store was away."""
     if register is not None and result["model_version"] is None:
         raise typer.Exit(1)
-
-
-def _needs(*packages: str) -> None:
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise OsmlError(f"this command needs {package}: pip install 'osml-plugin[tune]'")
 
 
 def _called(name: str, params: dict) -> str:

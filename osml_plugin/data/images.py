@@ -42,15 +42,19 @@ def read_image(path_or_file: str | Path | BinaryIO, channels: int, size: int | N
     """
     try:
         with Image.open(path_or_file, formats=FORMATS) as image:
-            _check(image)
-            mode = "L" if channels == 1 else "RGB"
-            if size is not None:
-                # JPEG decodes at 1/2, 1/4 or 1/8 for far less time; twice the size leaves the rest to `fit`.
-                image.draft(mode, (2 * size, 2 * size))
-            return _pixels(image, channels, size)
+            return decode_opened(image, channels, size)
     except Exception as error:  # Pillow's decoders raise whatever they stumble on
         name = getattr(path_or_file, "name", None) or (path_or_file if isinstance(path_or_file, str | Path) else "")
         raise OsmlError(f"cannot read the image '{name}': {_reason(error)}") from error
+
+
+def decode_opened(image: Image.Image, channels: int, size: int | None) -> torch.Tensor:
+    """The same of a file that Pillow has opened and not yet decoded. Raises whatever Pillow stumbles on."""
+    _check(image)
+    if size is not None:
+        # JPEG decodes at 1/2, 1/4 or 1/8 for far less time; twice the size leaves the rest to `fit`.
+        image.draft("L" if channels == 1 else "RGB", (2 * size, 2 * size))
+    return _pixels(image, channels, size)
 
 
 def convert_image(image: Image.Image | np.ndarray, channels: int, size: int | None) -> torch.Tensor:
@@ -84,7 +88,7 @@ def _check(image: Image.Image) -> None:
 
 
 def _upright(image: Image.Image, mode: str) -> Image.Image:
-    ImageOps.exif_transpose(image, in_place=True)
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # Pillow would clip deep grey at 255; the upper 8 of its 16 bits are kept
         image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
     return image.convert(mode)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import UNKNOWN
 from ..errors import OsmlError
+from ..neighbors import NeighborIndex
 from ..registry import Named, Registry
 
 registry: Registry[Detector] = Registry("detector")
@@ -34,6 +35,8 @@ class Detector(Named, nn.Module):
     registry = registry
     needs_class_weights: ClassVar[bool] = False
     """Whether `fit` needs the proxies of a classification loss."""
+    searches_references: ClassVar[bool] = False
+    """Whether `_fit` takes a `NeighborIndex` in place of embeddings; rows that it leaves out have the label −1."""
     search_space: ClassVar[dict[str, tuple]] = {}
     """For each parameter worth searching, the values to try."""
     far_point_exception: ClassVar[str | None] = None
@@ -42,11 +45,14 @@ class Detector(Named, nn.Module):
     chunk_size = 4096
 
     @final
-    def fit(self, embeddings: ArrayLike, labels: ArrayLike, class_weights: ArrayLike | None = None) -> Detector:
+    def fit(
+        self, embeddings: ArrayLike | NeighborIndex, labels: ArrayLike, class_weights: ArrayLike | None = None
+    ) -> Detector:
         """Learn the known classes.
 
         Args:
-            embeddings: `(N, D)`, finite; any float type, NumPy or torch. Its device becomes the detector's.
+            embeddings: `(N, D)`, finite; any float type, NumPy or torch. Its device becomes the detector's. Or an index
+                over them, which is then shared and not made again; what it leaves out is left out.
             labels: `(N,)` integers, any values but `UNKNOWN`; leave unknown items out.
             class_weights: `(C, D)`, or `(C, P, D)` for P proxies a class: row c is the proxy of the c-th
                 smallest label, scaled so that `embedding · weight` is the logit.
@@ -159,10 +165,14 @@ class Detector(Named, nn.Module):
 
 @torch.no_grad()
 def fit_together(
-    detectors: Sequence[Detector], embeddings: ArrayLike, labels: ArrayLike, class_weights: ArrayLike | None
+    detectors: Sequence[Detector],
+    embeddings: ArrayLike | NeighborIndex,
+    labels: ArrayLike,
+    class_weights: ArrayLike | None,
 ) -> None:
     """`Detector.fit` of one or more of a family."""
-    embeddings = check_embeddings(embeddings)
+    index = embeddings if isinstance(embeddings, NeighborIndex) else None
+    embeddings = check_embeddings(embeddings if index is None else index.references)
     try:
         labels = torch.as_tensor(labels, device=embeddings.device)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -174,9 +184,10 @@ def fit_together(
         )
     if len(embeddings) == 0:
         raise OsmlError("no embeddings to fit on: give at least one for each known class")
-    if (labels == UNKNOWN).any():
+    present = torch.ones_like(labels, dtype=torch.bool) if index is None else index.present
+    if (labels[present] == UNKNOWN).any():
         raise OsmlError(f"labels hold UNKNOWN ({UNKNOWN}): a detector learns known classes only, leave these out")
-    class_labels, index = labels.long().unique(return_inverse=True)
+    class_labels, inverse = labels[present].long().unique(return_inverse=True)
     if class_weights is not None:
         class_weights = check_class_weights(class_weights, len(class_labels), embeddings)
     for detector in detectors:
@@ -188,7 +199,14 @@ def fit_together(
         detector._buffers.clear()
         detector.register_buffer("class_labels", class_labels)
         detector.register_buffer("width", torch.tensor(embeddings.shape[1], device=embeddings.device))
-    detectors[0]._fit_all(detectors, embeddings, index, class_weights)
+    if detectors[0].searches_references:
+        index = NeighborIndex(embeddings.clone(), inverse) if index is None else index
+        detectors[0]._fit_all(
+            detectors, index, torch.full_like(labels, -1).masked_scatter(present, inverse), class_weights
+        )
+    else:
+        embeddings = embeddings if bool(present.all()) else embeddings[present]
+        detectors[0]._fit_all(detectors, embeddings, inverse, class_weights)
     for detector in detectors:
         detector._fitted()
 
@@ -224,6 +242,8 @@ def check_embeddings(embeddings: ArrayLike) -> Tensor:
     if not embeddings.is_floating_point():
         raise OsmlError(f"embeddings must be floating point; got {embeddings.dtype}")
     embeddings = embeddings.float()
+    if embeddings.sum().isfinite():  # then all are, which is seen without a tensor of their size
+        return embeddings
     bad = ~embeddings.isfinite().all(dim=1)
     if bad.any():
         raise OsmlError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,6 +10,9 @@ from torch import Tensor
 from ..neighbors import NeighborIndex
 from ..registry import checked_count
 from .base import Detector
+
+MAX_NEIGHBOURS = 2**22
+"""Neighbours looked at at once: 32 MiB of rows."""
 
 
 class KNN(Detector, name="knn"):
@@ -23,62 +25,60 @@ class KNN(Detector, name="knn"):
     member is the one with the smallest k-th distance: a short list of neighbours almost always decides.
     """
 
+    searches_references = True
     search_space = {"k": (1, 3, 5, 10, 20, 50)}
 
     def __init__(self, *, k: int = 5):
         super().__init__()
         self.k = checked_count("k of detector 'knn'", k)
+        self._index: NeighborIndex | None = None
 
     @classmethod
     def _fit_all(
-        cls, detectors: Sequence[KNN], embeddings: Tensor, labels: Tensor, class_weights: Tensor | None
+        cls, detectors: Sequence[KNN], index: NeighborIndex, labels: Tensor, class_weights: Tensor | None
     ) -> None:
-        references = embeddings.clone()
         for detector in detectors:
-            detector.register_buffer("references", references)
+            detector.register_buffer("references", index.references)
             detector.register_buffer("reference_labels", labels)
+            detector._index = index
 
     def _fitted(self) -> None:
-        self.__dict__.pop("_index", None)
-        counts = self.reference_labels.bincount(minlength=len(self.class_labels))
+        left_out = self.reference_labels < 0
+        if self._index is None or self._index.references is not self.references:  # loaded, or on another device
+            self._index = NeighborIndex(self.references, self.reference_labels).without(left_out)
+        counts = self.reference_labels[~left_out].bincount(minlength=len(self.class_labels))
         k = min(self.k, int(counts.max()))
         self._class_k = -(-k * counts // counts.max())  # rounded up
-
-    @cached_property
-    def _index(self) -> NeighborIndex:
-        return NeighborIndex(self.references)
 
     @classmethod
     def _score_all(cls, detectors: Sequence[KNN], embeddings: Tensor) -> list[tuple[Tensor, Tensor]]:
         # What the largest k needs serves the others: their neighbours are the first of these.
-        first, k = detectors[0], max(detector.k for detector in detectors)
-        distances, indices = first._index.search(embeddings, 4 * k)
-        labels = first.reference_labels[indices]
-        nth = _nth_of_its_class(labels)
-        return [detector._first_complete(embeddings, distances, labels, nth) for detector in detectors]
+        n = 4 * max(detector.k for detector in detectors)
+        neighbours = detectors[0]._neighbours(embeddings, n)
+        return [detector._first_complete(embeddings, n, *neighbours) for detector in detectors]
+
+    def _neighbours(self, embeddings: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Each item's n neighbours, nearest first: distances, classes, and the how-manieth of its class each is."""
+        distances, rows = self._index.search(embeddings, n)
+        classes = self.reference_labels[rows]
+        return distances, classes, _nth_of_its_class(classes)
 
     def _first_complete(
-        self, embeddings: Tensor, distances: Tensor, labels: Tensor, nth: Tensor
+        self, embeddings: Tensor, n: int, distances: Tensor, classes: Tensor, nth: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Score and class, from each item's neighbours, nearest first, and the how-manieth of its class each is."""
-        complete = nth == self._class_k[labels]
+        """Score and class of each item, from its n neighbours, and from more of them where these do not decide."""
+        complete = nth == self._class_k[classes]
         first = complete.int().argmax(dim=1, keepdim=True)
-        scores, classes = distances.gather(1, first)[:, 0], labels.gather(1, first)[:, 0]
-        undecided = ~complete.any(dim=1)
-        if undecided.any():
-            scores[undecided], classes[undecided] = self._class_scores(embeddings[undecided]).min(dim=1)
-        return scores, classes
-
-    def _class_scores(self, embeddings: Tensor) -> Tensor:
-        rows = max(1, 2**25 // len(self.references))  # bounds the distance matrix to 128 MiB
-        return torch.cat([self._kth_distances(e) for e in embeddings.split(rows)])
-
-    def _kth_distances(self, embeddings: Tensor) -> Tensor:
-        distances = torch.cdist(embeddings, self.references, compute_mode="donot_use_mm_for_euclid_dist")
-        columns = [
-            distances[:, self.reference_labels == c].kthvalue(int(k), dim=1).values for c, k in enumerate(self._class_k)
-        ]
-        return torch.stack(columns, dim=1)
+        scores, nearest = distances.gather(1, first)[:, 0], classes.gather(1, first)[:, 0]
+        undecided = (~complete.any(dim=1)).nonzero()[:, 0]
+        if not len(undecided):
+            return scores, nearest
+        # One neighbour more than all classes can have without being complete decides.
+        n = min(4 * n, int((self._class_k - 1).sum()) + 1)
+        for rows in undecided.split(max(1, MAX_NEIGHBOURS // n)):
+            wider = self._neighbours(embeddings[rows], n)
+            scores[rows], nearest[rows] = self._first_complete(embeddings[rows], n, *wider)
+        return scores, nearest
 
 
 def _nth_of_its_class(labels: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,6 +55,7 @@ def discover(
     in_gallery: ArrayLike | None = None,
     n_classes: int | None = None,
     seed: int = 0,
+    progress: Callable[[float], None] | None = None,
 ) -> Discovery:
     """Group unknown items into the classes that they are, and count the classes.
 
@@ -82,6 +84,7 @@ def discover(
         n_classes: The number of classes, where it is known: then there are exactly so many.
         seed: Of the community search; the same seed gives the same groups, in whatever order the items come (the
             approximate search above 100,000 items excepted).
+        progress: Told how far it is, from 0 to 1; what it raises ends the work.
 
     Raises:
         OsmlError: Empty or non-finite embeddings, a wrong shape, known embeddings without labels or of another
@@ -105,6 +108,8 @@ def discover(
 
     ladder, counts, scores = [], [], []
     for rung, resolution in enumerate(tqdm(RESOLUTIONS, desc="discovery", delay=2, leave=False)):
+        if progress is not None:
+            progress(rung / len(RESOLUTIONS))
         groups = communities(graph, resolution, seed + rung)  # other seeds, so that stability is not feigned
         if n_classes is None and ladder and groups.max() + 1 > len(nodes) / 2:
             break  # a class of one item is none; that each is alone would be very stable

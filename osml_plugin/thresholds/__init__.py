@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .base import Threshold, registry
 from .conformal import Conformal, Guarantee, guarantee, p_values
+from .drift import Drift, DriftWatch, drift
 from .fixed import Fixed
 from .max_f1 import MaxF1
 from .quantile import Quantile
@@ -14,6 +15,8 @@ names = registry.names
 
 __all__ = [
     "Conformal",
+    "Drift",
+    "DriftWatch",
     "Fixed",
     "Guarantee",
     "MaxF1",
@@ -21,6 +24,7 @@ __all__ = [
     "TargetRate",
     "Threshold",
     "create",
+    "drift",
     "guarantee",
     "names",
     "p_values",

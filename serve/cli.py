@@ -1,0 +1,187 @@
+"""`osml serve`, `osml keys`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from osml_plugin.cli import AsJson, needs, print_json
+from osml_plugin.config import apply_override, make_config, read_yaml
+from osml_plugin.errors import OsmlError
+
+from .settings import ServeConfig
+
+app = typer.Typer()
+keys = typer.Typer(no_args_is_help=True, help="API keys of an endpoint: add, list, revoke.")
+app.add_typer(keys, name="keys")
+
+Home = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Folder of store, models and audit log.  [default: osml-serve]")
+]
+Database = Annotated[
+    str | None, typer.Option(metavar="URL", help="postgresql://… or sqlite:///FILE.  [default: SQLite in --home]")
+]
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="models:/NAME@champion, or a bundle.  [default: what it served last]"),
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; others than loopback need keys.")] = None,
+    port: Annotated[int | None, typer.Option(help="0 takes any free one.  [default: 8000]")] = None,
+    replicas: Annotated[int | None, typer.Option(help="Processes that answer.  [default: 1]")] = None,
+    database: Database = None,
+    home: Home = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Share of known items that may be rejected.  [default: the bundle's]")
+    ] = None,
+    follow: Annotated[
+        bool | None, typer.Option("--follow", help="Go over to another version when the alias does.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="A YAML configuration.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One value of it, such as unknowns.days=7.")
+    ] = None,
+) -> None:
+    """Serve a recogniser over HTTP, where it learns new classes while it runs; Ctrl-C stops it.
+
+    Example: osml serve models:/birds@champion --port 8000
+    """
+    needs("serve", "ray", "fastapi", "sqlalchemy", "alembic", "prometheus_client")
+    settings = _settings(
+        config,
+        overrides,
+        model=model,
+        host=host,
+        port=port,
+        replicas=replicas,
+        database=database,
+        home=home,
+        alpha=alpha,
+        follow=follow,
+    )
+    from .server import is_open, running
+
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    print("osml: starting; this takes some seconds", file=sys.stderr)
+    try:
+        with running(settings) as address:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda *_: stop.set())
+            key = "" if is_open(settings) else "-H 'Authorization: Bearer KEY' "
+            print(f"serving    {address}    docs {address}/docs    metrics {address}/metrics")
+            print(f"store      {_where(settings)}")
+            if key:
+                print("keys       every request needs one: osml keys add NAME --scope recognize")
+            else:
+                print("keys       none, so it is for this machine alone: osml keys add NAME --scope recognize")
+            print(f"try        curl {key}-F files=@image.jpg {address}/v1/recognize")
+            print("stop       Ctrl-C", flush=True)
+            stop.wait()
+            print("osml: stopping", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("osml: stopped", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+@keys.command()
+def add(
+    name: Annotated[str, typer.Argument(help="What the key is for; the audit log names it.")],
+    scope: Annotated[list[str], typer.Option(help="recognize, enroll, or admin (which holds the others); repeatable.")],
+    database: Database = None,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a key and print it, once: only its hash is stored.
+
+    Example: osml keys add camera-1 --scope recognize
+    """
+    from .keys import make_key
+
+    plain, record = make_key(name, scope)
+    with _store(database, home) as store:
+        store.add_key(record)
+    if as_json:
+        print_json({"name": name, "scopes": list(record.scopes), "key": plain})
+        return
+    print(plain)
+    print("osml: keep it now, it is not shown again; a running endpoint knows it within a second", file=sys.stderr)
+
+
+@keys.command("list")
+def list_keys(database: Database = None, home: Home = None, as_json: AsJson = False) -> None:
+    """List the keys, never what they are.
+
+    Example: osml keys list
+    """
+    with _store(database, home) as store:
+        rows = [
+            {
+                "name": k.name,
+                "scopes": list(k.scopes),
+                "created_at": k.created_at.isoformat(timespec="seconds"),
+                "revoked_at": k.revoked_at.isoformat(timespec="seconds") if k.revoked_at else None,
+            }
+            for k in store.keys()  # noqa: SIM118 - a store is not a dict
+        ]
+    if as_json:
+        print_json({"keys": rows})
+        return
+    for row in rows:
+        end = f"  revoked {row['revoked_at']}" if row["revoked_at"] else ""
+        print(f"{row['name']:24} {','.join(row['scopes']):28} {row['created_at']}{end}")
+
+
+@keys.command()
+def revoke(name: Annotated[str, typer.Argument()], database: Database = None, home: Home = None) -> None:
+    """Take a key back; a running endpoint refuses it within a second.
+
+    Example: osml keys revoke camera-1
+    """
+    with _store(database, home) as store:
+        if not store.revoke_key(name):
+            records = store.keys()
+            there = ", ".join(k.name for k in records if k.revoked_at is None) or "none"
+            raise OsmlError(f"there is no key '{name}'; there are: {there}")
+    print(f"revoked {name}")
+
+
+def _settings(file: Path | None, overrides: list[str] | None, **flags: Any) -> ServeConfig:
+    values = read_yaml(file) if file is not None else {}
+    for override in overrides or []:
+        apply_override(values, override)
+    values |= {name: value for name, value in flags.items() if value is not None}
+    return make_config(values, ServeConfig)
+
+
+def _store(database: str | None, home: Path | None) -> Any:
+    needs("serve", "sqlalchemy", "alembic")
+    from .store import Store, StoreUnavailable
+
+    config = _settings(None, None, database=database, home=home)
+    if config.database_url.startswith("sqlite") and config.database is None:
+        config.home.mkdir(parents=True, exist_ok=True)
+    try:
+        return closing(Store(config.database_url))
+    except StoreUnavailable as error:
+        raise OsmlError(str(error)) from error
+
+
+def _where(config: ServeConfig) -> str:
+    from .store import shown
+
+    return shown(config.database_url)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt

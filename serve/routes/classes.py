@@ -1,0 +1,113 @@
+"""Classes: list, teach, rename, merge, forget."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, HTTPException, Path, Request
+
+from ..body import read_input
+from ..schemas import Changed, Classes, ClassName, Examples, ExamplesOf, Into, ItemId, NewName
+from ..service import fingerprint
+from ..store import Write
+from .common import (
+    BODY_PROBLEMS,
+    NOT_FOUND,
+    PROBLEMS,
+    WRITE_PROBLEMS,
+    After,
+    IdempotencyKey,
+    Limit,
+    Served,
+    actor_with,
+    answer,
+    changed,
+    writer_with,
+)
+from .recognition import either
+
+router = APIRouter(prefix="/v1/classes", tags=["classes"])
+
+Name = Annotated[str, Path(min_length=1, max_length=200)]
+"""Of a class that is there already: whatever the bundle called it."""
+Enroller = Annotated[Write, Depends(writer_with("enroll"))]
+
+
+@router.get("", response_model=Classes, responses=PROBLEMS, dependencies=[Depends(actor_with("recognize"))])
+def classes(service: Served):
+    """All classes that are known now."""
+    snapshot = service.live.snapshot
+    gallery = snapshot.recognizer.gallery
+    size = max(gallery.classes) + 1
+    enrolled = gallery.labels[gallery.enrolled].bincount(minlength=size).tolist()
+    in_all = gallery.labels.bincount(minlength=size).tolist()
+    rows = [
+        {"name": name, "trained": in_all[i] - enrolled[i], "enrolled": enrolled[i]}
+        for i, name in sorted(gallery.classes.items(), key=lambda c: c[1])
+    ]
+    return answer(snapshot, {"classes": rows})
+
+
+@router.get(
+    "/{name}/examples",
+    response_model=ExamplesOf,
+    responses=PROBLEMS | NOT_FOUND,
+    dependencies=[Depends(actor_with("enroll"))],
+)
+def examples(service: Served, name: Name, limit: Limit = 100, after: After = None):
+    """The enrolled examples of a class."""
+    rows, following = service.store.examples(name, limit, after)
+    found = [{"id": e.id, "has_image": e.has_image, "created_at": e.created_at.isoformat()} for e in rows]
+    return answer(service.live.snapshot, {"name": name, "examples": found, "next": following})
+
+
+@router.post(
+    "/{name}/examples",
+    status_code=201,
+    response_model=Changed,
+    responses=BODY_PROBLEMS | WRITE_PROBLEMS | NOT_FOUND,
+    openapi_extra=either(Examples),
+)
+async def enroll(
+    request: Request,
+    service: Served,
+    name: ClassName,
+    actor: Annotated[str, Depends(actor_with("enroll"))],
+    idempotency_key: IdempotencyKey = None,
+):
+    """Teach a class, or more of one, without training. It is recognised from the answer on."""
+    contents, vectors, body = await read_input(request, service.config.limits, Examples)
+    ids = getattr(body, "observation_ids", None) or []
+    said = fingerprint("enroll", name, *contents, repr(vectors), *ids)
+    by = Write(actor, idempotency_key, said)
+    if ids:
+        if contents or vectors:
+            raise HTTPException(422, "send images, embeddings, or observation_ids: one of them")
+        snapshot, written = await service.written(service.store.enroll_observations, by, name, ids)
+    else:
+        snapshot, written = await service.enroll(by, name, contents, vectors)
+    return changed(snapshot, written, 201)
+
+
+@router.delete("/{name}/examples/{item}", response_model=Changed, responses=WRITE_PROBLEMS | NOT_FOUND)
+def remove_example(service: Served, name: Name, item: ItemId, by: Enroller):
+    """Take one example out of a class."""
+    return changed(*service.write(service.store.remove_example, by, name, item))
+
+
+@router.patch("/{name}", response_model=Changed, responses=WRITE_PROBLEMS | NOT_FOUND)
+def rename(service: Served, name: Name, new: NewName, by: Enroller):
+    """Give a class another name."""
+    return changed(*service.write(service.store.rename, by, name, new.name))
+
+
+@router.post("/{name}/merge", response_model=Changed, responses=WRITE_PROBLEMS | NOT_FOUND)
+def merge(service: Served, name: Name, into: Into, by: Enroller):
+    """Make a class part of another one."""
+    return changed(*service.write(service.store.merge, by, name, into.into))
+
+
+@router.delete("/{name}", response_model=Changed, responses=WRITE_PROBLEMS | NOT_FOUND)
+def forget(service: Served, name: Name, by: Enroller):
+    """Drop a class and all its examples; what belongs to it is unknown from now on."""
+    return changed(*service.write(service.store.forget, by, name))

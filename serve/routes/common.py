@@ -1,0 +1,107 @@
+"""What all routes share: who asks, under which key, and the versions that every answer names."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from fastapi import Depends, Header, HTTPException, Query, Request, Security
+from fastapi.responses import JSONResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from ..keys import Refused
+from ..live import Snapshot
+from ..schemas import Problem
+from ..service import Service, fingerprint
+from ..store import Write, Written
+
+_bearer = HTTPBearer(
+    auto_error=False, description="A key that `osml keys add` made; not needed on loopback without keys."
+)
+
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Problem, "description": text}
+    for status, text in {
+        401: "No key, or none that is valid.",
+        403: "The key does not have the scope; or, without keys, the request does not come from this machine.",
+        422: "Something in the request is wrong; `detail` says what.",
+        503: "Too busy, or the store does not answer: try again after `Retry-After` seconds.",
+    }.items()
+}
+BODY_PROBLEMS = PROBLEMS | {
+    400: {"model": Problem, "description": "The body cannot be read."},
+    408: {"model": Problem, "description": "The body comes too slowly."},
+    413: {"model": Problem, "description": "The body, or an image, is too large."},
+    415: {"model": Problem, "description": "Neither multipart/form-data nor application/json."},
+}
+NOT_FOUND = {404: {"model": Problem, "description": "There is no such class, item, discovery or group."}}
+WRITE_PROBLEMS = PROBLEMS | {
+    400: {"model": Problem, "description": "The body cannot be read."},
+    408: {"model": Problem, "description": "The body comes too slowly."},
+    409: {
+        "model": Problem,
+        "description": "It does not fit what is there now, or the key was used for something else.",
+    },
+    413: {"model": Problem, "description": "The body is too large."},
+    507: {"model": Problem, "description": "The disk of the store is full; nothing was changed."},
+}
+
+
+async def service_of(request: Request) -> Service:
+    return request.app.state.service
+
+
+Served = Annotated[Service, Depends(service_of)]
+After = Annotated[str | None, Query(pattern=r"^[0-9a-f]{32}$", description="`next` of the page before.")]
+Limit = Annotated[int, Query(ge=1, le=1000)]
+
+
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        pattern=r"^[!-~]{1,200}$",
+        description="The same key again gives the first answer and changes nothing; kept for a day.",
+    ),
+]
+Bearer = Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]
+Scope = Literal["recognize", "enroll", "admin"]
+
+
+def actor_with(scope: Scope):
+    """A dependency: the name of the key that may do this."""
+
+    async def actor(service: Served, request: Request, _: Bearer) -> str:
+        return _identified(service, request, scope)
+
+    return actor
+
+
+def writer_with(scope: Scope):
+    """A dependency: who writes, and under which idempotency key, for requests whose body is small JSON."""
+
+    async def writer(service: Served, request: Request, _: Bearer, idempotency_key: IdempotencyKey = None) -> Write:
+        actor = _identified(service, request, scope)
+        said = fingerprint(request.method, request.url.path, await request.body())
+        return Write(actor, idempotency_key, said)
+
+    return writer
+
+
+def _identified(service: Service, request: Request, scope: Scope) -> str:
+    try:
+        return service.keyring.identify(request.headers.get("authorization"), scope)
+    except Refused as refused:
+        headers = {"WWW-Authenticate": "Bearer"} if refused.status == 401 else None
+        raise HTTPException(refused.status, refused.detail, headers) from None
+
+
+def answer(snapshot: Snapshot, fields: dict[str, Any], status: int = 200) -> JSONResponse:
+    """JSON with the versions that gave it."""
+    versions = {"model_version": snapshot.model, "gallery_version": snapshot.gallery_version}
+    return JSONResponse(versions | fields, status)
+
+
+def changed(snapshot: Snapshot, written: Written, status: int = 200) -> JSONResponse:
+    """What a committed write did."""
+    fields = {"model_version": snapshot.model, "gallery_version": written.gallery_version}
+    fields |= {"name": None, "n_examples": None, "example_ids": None} | written.result
+    return JSONResponse(fields, status, {"Idempotency-Replayed": "true"} if written.replayed else None)

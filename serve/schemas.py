@@ -1,0 +1,250 @@
+"""What goes over HTTP: requests and answers, typed, with examples. The OpenAPI page is made of these."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from osml_plugin import UNKNOWN
+
+MAX_NAME = 200
+
+
+def _class_name(name: str) -> str:
+    if not name or name != name.strip() or not name.isprintable() or "/" in name or name in (".", "..", str(UNKNOWN)):
+        raise ValueError(
+            f"a class name has printable characters, no '/', no blanks at its ends, and is not {UNKNOWN}; got {name!r}"
+        )
+    return name
+
+
+# As much of `_class_name` as a JSON schema can say.
+_PATTERN = {"pattern": r"^[^/\x00-\x20\x7f-\xa0]([^/\x00-\x1f\x7f-\xa0]*[^/\x00-\x20\x7f-\xa0])?$"}
+ClassName = Annotated[
+    str,
+    Field(min_length=1, max_length=MAX_NAME, examples=["otter"], json_schema_extra=_PATTERN),
+    AfterValidator(_class_name),
+]
+ItemId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$", examples=["0192f0c1a5b37c8e9d0f1a2b3c4d5e6f"])]
+JobId = ItemId
+Base64 = Annotated[str, Field(max_length=64 * 2**20, description="The bytes of a JPEG, PNG or WEBP file in base64.")]
+# One wrong item is enough: a body of a quarter of a million nulls would be as many errors.
+Images = Annotated[list[Base64], Field(fail_fast=True)]
+Vector = Annotated[list[float], Field(min_length=1, max_length=65536, fail_fast=True)]
+
+
+class _Strict(BaseModel):
+    """What is asked: true is no number, and 1 is no truth."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _Answer(BaseModel):
+    """Every answer names what gave it."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model_version: str = Field(examples=["birds/7"])
+    gallery_version: int = Field(ge=0, examples=[3], description="0 is the gallery of the bundle; each change adds 1.")
+
+
+# --- recognition -----------------------------------------------------------------------------------------
+
+
+class Inputs(_Strict):
+    """Images or embeddings, one or more; the same can be sent as multipart/form-data with the field `files`."""
+
+    images: Images | None = None
+    embeddings: list[Vector] | None = None
+
+
+class NeighborOut(BaseModel):
+    name: str
+    distance: float
+
+
+class Result(BaseModel):
+    """What one item is."""
+
+    label: str | None = Field(description="The class; null where the item is unknown.", examples=["cat"])
+    known: bool
+    nearest: str = Field(description="The nearest known class, of unknown items too.")
+    score: float = Field(description="Unknown score: higher = more unknown.")
+    threshold: float | None = Field(description="Unknown iff score > threshold; null where nothing is ever rejected.")
+    p_value: float | None = Field(description="How usual such a score is for a known item.")
+    neighbours: list[NeighborOut]
+    observation_id: str | None = Field(
+        description="Under which an unknown item is remembered; null for known ones, and where it is not remembered."
+    )
+
+
+class Recognized(_Answer):
+    results: list[Result]
+
+
+class Embedded(_Answer):
+    embeddings: list[list[float]]
+
+
+# --- classes ---------------------------------------------------------------------------------------------
+
+
+class ClassOut(BaseModel):
+    name: str
+    trained: int = Field(description="References from the training.")
+    enrolled: int = Field(description="References enrolled since.")
+
+
+class Classes(_Answer):
+    classes: list[ClassOut]
+
+
+class Examples(_Strict):
+    """Examples of a class: images, embeddings, or unknown items by their observation ids."""
+
+    images: Images | None = None
+    embeddings: list[Vector] | None = None
+    observation_ids: list[ItemId] | None = None
+
+
+class ExampleOut(BaseModel):
+    id: str
+    has_image: bool
+    created_at: datetime
+
+
+class ExamplesOf(_Answer):
+    name: str
+    examples: list[ExampleOut]
+    next: str | None = Field(description="Pass as `after` for the next page; null on the last.")
+
+
+class NewName(_Strict):
+    name: ClassName
+
+
+class Into(_Strict):
+    into: ClassName
+
+
+class Changed(_Answer):
+    """What a write did. It is committed, and visible on every replica within a second."""
+
+    name: str | None = Field(default=None, description="The class that was changed.")
+    n_examples: int | None = Field(default=None, description="How many items this write concerned.")
+    example_ids: list[str] | None = None
+
+
+# --- the unknown -----------------------------------------------------------------------------------------
+
+
+class UnknownOut(BaseModel):
+    id: str
+    created_at: datetime
+    score: float
+    nearest: str
+    p_value: float | None
+    has_image: bool
+
+
+class UnknownList(_Answer):
+    total: int
+    unknowns: list[UnknownOut]
+    next: str | None = Field(description="Pass as `after` for the next page; null on the last.")
+
+
+class DiscoveryIn(_Strict):
+    n_classes: int | None = Field(default=None, ge=1, le=100_000, description="How many classes, where it is known.")
+    seed: int = Field(default=0, ge=0, le=2**31)
+
+
+class GroupOut(BaseModel):
+    group: int
+    size: int
+    confidence: float = Field(ge=0, le=1)
+    exemplars: list[str] = Field(description="Observation ids, the most typical first.")
+    state: Literal["proposed", "accepted", "rejected", "merged"]
+    name: str | None = Field(description="The class that it was accepted as.")
+
+
+class DiscoveryOut(_Answer):
+    id: str
+    state: Literal["queued", "running", "done", "failed"]
+    progress: float = Field(ge=0, le=1)
+    error: str | None
+    created_at: datetime
+    n_items: int | None
+    n_classes: int | None
+    n_classes_interval: tuple[int, int] | None
+    left_out: int | None
+    groups: list[GroupOut]
+
+
+class DiscoveryList(_Answer):
+    discoveries: list[DiscoveryOut]
+
+
+class MembersOf(_Answer):
+    group: int
+    members: list[str] = Field(description="Observation ids, the most typical first.")
+
+
+class GroupInto(_Strict):
+    into: int = Field(ge=0, le=2**31 - 1)
+
+
+# --- the model -------------------------------------------------------------------------------------------
+
+
+class ModelOut(_Answer):
+    source: str = Field(description="Where it came from.", examples=["models:/birds/7"])
+    pending: str | None = Field(description="A version that is being prepared.")
+    pending_progress: float | None
+    alpha: float | None = Field(description="The share of known items that may be rejected.")
+    threshold: float | None
+    detector: str
+    guarantee: str | None
+    input: Literal["images", "embeddings"]
+    width: int = Field(description="Of the embeddings.")
+    n_classes: int
+    n_references: int
+
+
+class ModelVersionOut(BaseModel):
+    model_config = ConfigDict(protected_namespaces=())
+
+    model_version: str
+    source: str
+    activated_at: datetime | None
+    active: bool
+
+
+class History(_Answer):
+    models: list[ModelVersionOut]
+
+
+class ReloadIn(_Strict):
+    version: int | None = Field(
+        default=None, ge=1, le=2**31 - 1, description="Of the registered model; null: the alias's."
+    )
+
+
+class AlphaIn(_Strict):
+    # Below one in a million nobody has the calibration items, and far below it their number is no number.
+    alpha: float = Field(ge=1e-6, lt=1, description="The share of known items that may be rejected.", examples=[0.05])
+
+
+class ModelChange(_Answer):
+    target: str = Field(description="The version that is, or will be, active.")
+    state: Literal["active", "preparing"]
+
+
+class Problem(BaseModel):
+    """What was wrong, what was expected, what to do."""
+
+    detail: str
+
+
+Json = dict[str, Any]

