@@ -5,8 +5,8 @@ STAMP := $(VENV)/.installed
 
 .PHONY: demo test test-long lint bench clean
 
-demo: $(STAMP)  ## the whole line on real images: sweep, promote, test, group, enrol, test again
-	$(BIN)/python examples/demo.py
+demo: $(STAMP)  ## the whole line on real images: sweep, promote, serve, recognise, group and name over HTTP, test
+	$(BIN)/python examples/demo.py $(ARGS)
 
 test: $(STAMP)  ## all tests
 	$(BIN)/python -m pytest
@@ -21,6 +21,8 @@ bench: $(STAMP)  ## speed and quality against peers, as ratios; minutes
 	$(BIN)/python benchmarks/metrics.py
 	$(BIN)/python benchmarks/discovery.py
 	$(BIN)/python benchmarks/sweep.py
+	$(BIN)/python benchmarks/gallery.py
+	$(BIN)/python benchmarks/serving.py
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -3,7 +3,8 @@
 python benchmarks/gallery.py [--sizes 1000 100000 1000000] [--data people|products|blobs|none] [--detector knn]
 
 For each size one process writes a bundle, and another one, as a replica does, loads it, answers, enrols and forgets.
-Recall is that of the true nearest references (compared with all). The data are made, 128 numbers wide, unit-norm:
+Recall is that of the true nearest references (compared with all). There are a thousand calibration items, which every
+change scores again. The data are made, 128 numbers wide, unit-norm:
 
 people     a hundred references a class, around random directions
 products   at most thirty classes, each spread along twelve directions of its own
@@ -30,7 +31,7 @@ from torch.nn.functional import normalize
 from osml_plugin import OpenSetRecognizer
 from osml_plugin.bundle import load_bundle
 
-WIDTH, HELD_OUT, N_QUERIES = 128, 2000, 512
+WIDTH, HELD_OUT, N_QUERIES = 128, 1000, 512
 
 
 @dataclass

@@ -11,13 +11,11 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
@@ -25,6 +23,8 @@ from .errors import OsmlError
 
 CHUNK = 1024
 """Rows of a table."""
+BLOCK = 32 * 2**20
+"""Bytes of a Parquet file that are read together."""
 INPUT = "osml.input"
 KINDS = "a folder of images, a Parquet file or a folder of them, or what `osml predict` takes"
 
@@ -45,10 +45,15 @@ class Rows:
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Items that are read from a Parquet file when they are wanted."""
+    """Items that are read from a Parquet file when they are wanted, some tens of megabytes at a time."""
 
-    fragment: ds.ParquetFileFragment
+    file: str
+    number: int
+    n: int
+    size: int
+    """Bytes of it, unpacked."""
     columns: pa.Schema
+    """Of all files of the source."""
     given: str
     """The column that is embedded."""
     names: dict[str, str]
@@ -56,33 +61,32 @@ class RowGroup:
     first: int
     """The number of the first item."""
 
-    @property
-    def n(self) -> int:
-        return _n_rows(self.fragment)
-
     def tables(self) -> Iterator[pa.Table]:
-        first = self.first
-        batches = self.fragment.to_batches(
-            self.columns,
-            [*dict.fromkeys([self.given, *self.names])],
-            batch_size=CHUNK,
-            batch_readahead=1,
-            # Page by page: left to itself it reads the whole row group, which may be gigabytes of images.
-            fragment_scan_options=ds.ParquetFragmentScanOptions(use_buffered_stream=True, pre_buffer=False),
-            use_threads=False,
-        )
-        for batch in batches:
-            if not len(batch):
-                continue
-            table = {INPUT: self._input(batch[self.given])}
-            if "path" not in self.names:
-                table["item"] = np.arange(first, first + len(batch))
-            yield pa.table(table | {name: batch[column] for column, name in self.names.items()})
-            first += len(batch)
+        first, wanted = self.first, [*dict.fromkeys([self.given, *self.names])]
+        rows = max(1, min(CHUNK, BLOCK * self.n // max(self.size, 1)))
+        try:
+            # The buffer has it read page by page: a row group may be gigabytes of images.
+            with pq.ParquetFile(self.file, pre_buffer=False, buffer_size=2**20) as file:
+                for batch in file.iter_batches(rows, row_groups=[self.number], columns=wanted, use_threads=False):
+                    columns = {name: self._column(batch, name) for name in wanted}
+                    table = {INPUT: self._input(columns[self.given])}
+                    if "path" not in self.names:
+                        table["item"] = np.arange(first, first + len(batch))
+                    yield pa.table(table | {name: columns[column] for column, name in self.names.items()})
+                    first += len(batch)
+        except (pa.ArrowException, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise OsmlError(
+                f"row group {self.number} of '{self.file}' cannot be read ({reason}): write it again"
+            ) from error
+
+    def _column(self, batch: pa.RecordBatch, name: str) -> pa.Array:
+        kind = self.columns.field(name).type
+        return batch[name].cast(kind) if name in batch.schema.names else pa.nulls(len(batch), kind)
 
     def _input(self, values: pa.Array) -> pa.Array:
         if self.given == "path":
-            folder = os.path.dirname(self.fragment.path)
+            folder = os.path.dirname(self.file)
             return pa.array([path and os.path.join(folder, path) for path in values.to_pylist()], pa.string())
         return values.field("bytes") if pa.types.is_struct(values.type) else values
 
@@ -154,11 +158,9 @@ def _open_parquet(files: list[Path], taken: Collection[str]) -> Source:
     from .registry import refusing
 
     where = f"'{files[0]}'" + (f" and {len(files) - 1} more" if len(files) > 1 else "")
-    files = [str(file.absolute()) for file in files]
     with refusing(f"cannot read {where}", "expected Parquet files with the same columns"):
-        columns = pa.unify_schemas([pq.read_schema(file) for file in files], promote_options="permissive")
-        fragments = ds.dataset(files, schema=columns, format="parquet").get_fragments()
-        groups = [group for fragment in fragments for group in fragment.split_by_row_group() if _n_rows(group)]
+        footers = [pq.read_metadata(file) for file in files]
+        columns = pa.unify_schemas([f.schema.to_arrow_schema() for f in footers], promote_options="permissive")
     given = next((name for name in ("embedding", "image", "path") if name in columns.names), None)
     if given is None:
         there = ", ".join(columns.names) or "none"
@@ -166,11 +168,17 @@ def _open_parquet(files: list[Path], taken: Collection[str]) -> Source:
     if not _fits(given, columns.field(given).type):
         expected = {"embedding": "lists of floats", "image": "the bytes of image files", "path": "text"}[given]
         raise OsmlError(f"column '{given}' of {where} holds {columns.field(given).type}; expected {expected}")
-    if not groups:
-        raise OsmlError(f"{where} has no rows; expected one an item")
     names = _names([name for name in columns.names if name not in ("embedding", "image")], taken)
-    starts = list(accumulate(map(_n_rows, groups), initial=0))[:-1]
-    parts = [RowGroup(group, columns, given, names, first) for group, first in zip(groups, starts, strict=True)]
+    parts, first = [], 0
+    for file, footer in zip(files, footers, strict=True):
+        for number in range(footer.num_row_groups):
+            group = footer.row_group(number)
+            n, size = group.num_rows, group.total_byte_size
+            if n:
+                parts.append(RowGroup(str(file.absolute()), number, n, size, columns, given, names, first))
+            first += n
+    if not parts:
+        raise OsmlError(f"{where} has no rows; expected one an item")
     if given == "path":  # such files are small, and their row groups hold many: cut finer
         return Source([Rows(table) for part in parts for table in part.tables()], False)
     return Source(parts, given == "embedding")
@@ -186,10 +194,6 @@ def _fits(given: str, kind: pa.DataType) -> bool:
         return is_a.is_binary(kind) or is_a.is_large_binary(kind)
     is_list = is_a.is_list(kind) or is_a.is_large_list(kind) or is_a.is_fixed_size_list(kind)
     return is_list and is_a.is_floating(kind.value_type)
-
-
-def _n_rows(fragment: ds.ParquetFileFragment) -> int:
-    return sum(group.num_rows for group in fragment.row_groups)
 
 
 def _names(columns: list[str], taken: Collection[str]) -> dict[str, str]:

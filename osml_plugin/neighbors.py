@@ -124,8 +124,10 @@ class NeighborIndex:
             candidates.append(outside[self._search_outside(queries, min(k, len(outside)))])
         if cells is not None:
             among, which = self._searched
-            # More than are asked for, because the cells hold their references rounded.
-            candidates.append(row_of[cells.search(queries, k, min(2 * k + 8, among), which)])
+            # More than are asked for, because the cells hold their references rounded; and as if more were wanted where
+            # some are left out, because they are in the nearest cells too.
+            wanted = k * len(row_of) // max(among, 1)
+            candidates.append(row_of[cells.search(queries, wanted, min(2 * k + 8, among), which)])
         candidates = torch.cat(candidates, dim=1) if len(candidates) > 1 else candidates[0]
         rows = max(1, MAX_GATHERED // (max(candidates.shape[1], 1) * queries.shape[1]))
         parts = zip(queries.split(rows), candidates.split(rows), strict=True)
@@ -189,9 +191,9 @@ class Cells:
         self._index = faiss.IndexIVFScalarQuantizer(
             self._coarse, x.shape[1], len(centres), faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_L2, False
         )
-        # A far reference must not make the steps coarse for all others.
+        # A few far references must not make the steps coarse for all others.
         self._index.sq.rangestat = faiss.ScalarQuantizer.RS_quantiles
-        self._index.sq.rangestat_arg = 1e-4
+        self._index.sq.rangestat_arg = 1e-3
         draw = np.random.default_rng(0)
         self._index.train(x[draw.integers(len(x), size=20_000)])
         add_preassigned(self._index, x, cell_of)

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from osml_plugin.cli import AsJson, needs, print_json
-from osml_plugin.config import apply_override, make_config, read_yaml
 from osml_plugin.errors import OsmlError
+from osml_plugin.schema import apply_override, checked, read_yaml
 
 from .settings import ServeConfig
 
@@ -159,9 +159,9 @@ def revoke(name: Annotated[str, typer.Argument()], database: Database = None, ho
 def _settings(file: Path | None, overrides: list[str] | None, **flags: Any) -> ServeConfig:
     values = read_yaml(file) if file is not None else {}
     for override in overrides or []:
-        apply_override(values, override)
+        apply_override(values, override, ServeConfig)
     values |= {name: value for name, value in flags.items() if value is not None}
-    return make_config(values, ServeConfig)
+    return checked(values, ServeConfig)
 
 
 def _store(database: str | None, home: Path | None) -> Any:

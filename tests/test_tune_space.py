@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from osml_plugin import OsmlError, pml
-from osml_plugin.config import Config, _Loader, make_config
+from osml_plugin.config import Config, make_config
+from osml_plugin.schema import _Loader
 from osml_plugin.selection import candidates
 from osml_plugin.tune.default_spaces import _around, default_space, loss_space
 from osml_plugin.tune.results import Dimension

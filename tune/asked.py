@@ -12,8 +12,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from osml_plugin.config import make_config
 from osml_plugin.errors import OsmlError
+from osml_plugin.schema import checked
 
 from .settings import SweepConfig
 
@@ -43,7 +43,7 @@ class Asked:
         file = out / ASKED
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
-            return cls(**values | {"settings": make_config(values["settings"], SweepConfig)})
+            return cls(**values | {"settings": checked(values["settings"], SweepConfig)})
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise OsmlError(f"'{file}' is no sweep that can be resumed ({error}): start a new one") from error
 

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from osml_plugin.config import Config, Section
+from osml_plugin.config import Config
+from osml_plugin.schema import Section
 
 OBJECTIVES = ("oscr", "auroc", "aupr_unknown", "aupr_known", "closed_set_accuracy", "macro_f1")
 """What trials can be ranked by, on validation; all but macro_f1 need no threshold."""

@@ -18,10 +18,11 @@ import yaml
 from ray import tune
 
 from osml_plugin import commands, tracking
-from osml_plugin.config import apply_override, make_config, read_yaml
+from osml_plugin.config import Config
 from osml_plugin.data import Items, Split, open_items, readable_items
 from osml_plugin.errors import OsmlError
 from osml_plugin.pipeline import check_choices, split_of, threshold_of
+from osml_plugin.schema import apply_override, checked, read_yaml
 from osml_plugin.training import epochs
 
 from .asked import ASKED, Asked, sweep_lock, write_json
@@ -171,10 +172,10 @@ def settings_of(
             raise OsmlError("the sweep's space names the losses already: leave out --loss, or take 'loss' out of it")
         base["loss"] = loss
     for override in overrides:
-        apply_override(base, override)
+        apply_override(base, override, Config)
     base.update({k: v for k, v in (("seed", seed), ("alpha", alpha)) if v is not None})
     values.update({k: v for k, v in (("trials", trials), ("address", address)) if v is not None})
-    return make_config(values, SweepConfig)
+    return checked(values, SweepConfig)
 
 
 def prepare(

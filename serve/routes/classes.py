@@ -6,7 +6,6 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, HTTPException, Path, Request
 
-from ..body import read_input
 from ..schemas import Changed, Classes, ClassName, Examples, ExamplesOf, Into, ItemId, NewName
 from ..service import fingerprint
 from ..store import Write
@@ -22,6 +21,7 @@ from .common import (
     actor_with,
     answer,
     changed,
+    items_of,
     writer_with,
 )
 from .recognition import either
@@ -76,7 +76,7 @@ async def enroll(
     idempotency_key: IdempotencyKey = None,
 ):
     """Teach a class, or more of one, without training. It is recognised from the answer on."""
-    contents, vectors, body = await read_input(request, service.config.limits, Examples)
+    contents, vectors, body = await items_of(request, service, Examples)
     ids = getattr(body, "observation_ids", None) or []
     said = fingerprint("enroll", name, *contents, repr(vectors), *ids)
     by = Write(actor, idempotency_key, said)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from fastapi import Depends, Header, HTTPException, Query, Request, Security
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from ..body import Schema, read_input
 from ..keys import Refused
 from ..live import Snapshot
 from ..schemas import Problem
@@ -46,6 +48,11 @@ WRITE_PROBLEMS = PROBLEMS | {
 }
 
 
+LARGEST = 1e9
+"""Far from any embedding, and its square is still a number in 32 bits: distances to it, and thresholds that are fitted
+with it, are finite."""
+
+
 async def service_of(request: Request) -> Service:
     return request.app.state.service
 
@@ -69,8 +76,8 @@ Scope = Literal["recognize", "enroll", "admin"]
 def actor_with(scope: Scope):
     """A dependency: the name of the key that may do this."""
 
-    async def actor(service: Served, request: Request, _: Bearer) -> str:
-        return _identified(service, request, scope)
+    async def actor(request: Request, _: Bearer) -> str:
+        return _identified(request, scope)
 
     return actor
 
@@ -78,20 +85,28 @@ def actor_with(scope: Scope):
 def writer_with(scope: Scope):
     """A dependency: who writes, and under which idempotency key, for requests whose body is small JSON."""
 
-    async def writer(service: Served, request: Request, _: Bearer, idempotency_key: IdempotencyKey = None) -> Write:
-        actor = _identified(service, request, scope)
+    async def writer(request: Request, _: Bearer, idempotency_key: IdempotencyKey = None) -> Write:
+        actor = _identified(request, scope)
         said = fingerprint(request.method, request.url.path, await request.body())
         return Write(actor, idempotency_key, said)
 
     return writer
 
 
-def _identified(service: Service, request: Request, scope: Scope) -> str:
+def _identified(request: Request, scope: Scope) -> str:
     try:
-        return service.keyring.identify(request.headers.get("authorization"), scope)
+        return request.app.state.service.keyring.identify(request.headers.get("authorization"), scope)
     except Refused as refused:
         headers = {"WWW-Authenticate": "Bearer"} if refused.status == 401 else None
         raise HTTPException(refused.status, refused.detail, headers) from None
+
+
+async def items_of(request: Request, service: Service, schema: type[Schema]):
+    """What `read_input` gives; 422 where an embedding has a number that nobody could compute with."""
+    contents, vectors, body = await read_input(request, service.config.limits, schema)
+    if vectors is not None and np.abs(np.array(vectors)).max() > LARGEST:
+        raise HTTPException(422, f"an embedding has a number beyond {LARGEST:.0e}: expected what a network gives")
+    return contents, vectors, body
 
 
 def answer(snapshot: Snapshot, fields: dict[str, Any], status: int = 200) -> JSONResponse:

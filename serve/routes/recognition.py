@@ -6,9 +6,8 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request
 
-from ..body import read_input
 from ..schemas import Embedded, Inputs, Recognized
-from .common import BODY_PROBLEMS, Served, actor_with, answer
+from .common import BODY_PROBLEMS, Served, actor_with, answer, items_of
 
 router = APIRouter(prefix="/v1", tags=["recognition"])
 
@@ -44,7 +43,7 @@ async def recognize(
     remember: Annotated[bool, Query(description="Keep what is unknown, to be grouped and named.")] = True,
 ):
     """Say what images (JPEG, PNG, WEBP) or embeddings are: a known class, or unknown."""
-    contents, vectors, _ = await read_input(request, service.config.limits, Inputs)
+    contents, vectors, _ = await items_of(request, service, Inputs)
     snapshot, items = await service.items(contents, vectors)
     return answer(
         snapshot, {"results": await service.recognize(snapshot, items, neighbours=neighbours, remember=remember)}
@@ -60,6 +59,6 @@ async def recognize(
 )
 async def embed(request: Request, service: Served):
     """The embeddings of images, in order."""
-    contents, vectors, _ = await read_input(request, service.config.limits, Inputs)
+    contents, vectors, _ = await items_of(request, service, Inputs)
     snapshot, items = await service.items(contents, vectors)
     return answer(snapshot, {"embeddings": (await service.embed(snapshot, items)).tolist()})
