@@ -23,7 +23,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import chdir, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -97,7 +97,8 @@ def main() -> None:
         room = Path(folder)
         images = make_images(room / "data")
         train(room / "data", room / "bundle", split=SPLIT, progress=False, overrides=["training.epochs=5"])
-        address = register(room)
+        with chdir(room):  # where MLflow makes a folder for the experiment that it always has
+            address = register(room)
         files = [file.read_bytes() for file in images[:200]]
         servers = {
             "osml serve": osml_serve(room, address, files),

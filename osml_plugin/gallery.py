@@ -62,24 +62,27 @@ class Gallery:
 
     def add(self, name: str, embeddings: Tensor) -> Gallery:
         """With examples `(M, D)` of a class, old or new."""
-        if not name or name != name.strip() or not name.isprintable():
-            raise OsmlError(f"a class needs a name of printable characters without blanks at its ends; got {name!r}")
-        if name == str(UNKNOWN):
-            raise OsmlError(f"a class cannot be named {name}: that is the label of what is unknown")
-        classes = dict(self.classes)
-        label = {n: i for i, n in classes.items()}.get(name)
-        label = self._new_id(name) if label is None else label
-        classes[label] = name
-        labels = torch.cat([self.labels, self.labels.new_full((len(embeddings),), label)])
-        embeddings = torch.cat([self.embeddings, embeddings])
+        return self.add_all({name: embeddings})
+
+    def add_all(self, examples: Mapping[str, Tensor]) -> Gallery:
+        """With examples `(M, D)` of several classes, in one step."""
+        if not examples:
+            return self
+        grown, labels = self, [self.labels]
+        for name, embeddings in examples.items():
+            _check_name(name)
+            label = {n: i for i, n in grown.classes.items()}.get(name)
+            label = grown._new_id(name) if label is None else label
+            labels.append(self.labels.new_full((len(embeddings),), label))
+            classes = {**grown.classes, label: name}
+            grown = replace(grown, classes=classes, next_id=max(grown.next_id, label + 1))
+        labels, embeddings = torch.cat(labels), torch.cat([self.embeddings, *examples.values()])
         return replace(
-            self,
+            grown,
             embeddings=embeddings,
             labels=labels,
             index=self.index.moved(embeddings, labels, torch.arange(len(self))),
-            classes=classes,
             enrolled=torch.cat([self.enrolled, torch.ones(len(labels) - len(self), dtype=torch.bool)]),
-            next_id=max(self.next_id, label + 1),
             version=self.version + 1,
         )
 
@@ -132,3 +135,10 @@ class Gallery:
                 enrolled = self.enrolled[of_class]
                 fold[of_class[enrolled]] = distinct[enrolled] % min(n, len(first))
         return fold
+
+
+def _check_name(name: str) -> None:
+    if not name or name != name.strip() or not name.isprintable():
+        raise OsmlError(f"a class needs a name of printable characters without blanks at its ends; got {name!r}")
+    if name == str(UNKNOWN):
+        raise OsmlError(f"a class cannot be named {name}: that is the label of what is unknown")

@@ -124,6 +124,7 @@ def _set_up(config: ServeConfig) -> None:
     config.metrics.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(config.home / "serve.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(message)s"))
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every odd body
     for name in ("osml.serve", "osml.audit"):
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO)

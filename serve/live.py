@@ -97,10 +97,8 @@ class Live:
         _take(self._examples, changes)
         if not only_added or changes.trained != before.trained or changes.state.alpha != before.alpha:
             return self._assembled(self._shelf.load(before.model), changes)
-        gallery, recognizer = before.recognizer.gallery, before.recognizer
-        for name, embeddings in _by_class({c.id: (c.name, c.embedding) for c in added}).items():
-            gallery = gallery.add(name, embeddings)
-        return _snapshot(recognizer, gallery, before.model, changes)
+        gallery = before.recognizer.gallery.add_all(_by_class({c.id: (c.name, c.embedding) for c in added}))
+        return _snapshot(before.recognizer, gallery, before.model, changes)
 
     def _assembled(self, base: OpenSetRecognizer, changes: Changes) -> Snapshot:
         gallery = assembled(base.gallery, changes.trained, _by_class(self._examples))
@@ -118,18 +116,12 @@ def assembled(gallery: Gallery, trained: Mapping[str, str | None], enrolled: Map
         name = trained.get(gallery.classes[old], gallery.classes[old])
         if name is not None:
             of_old[old] = ids.setdefault(name, old)
+    names = {i: name for name, i in ids.items()}
     labels = of_old[gallery.labels]
-    kept = labels >= 0
-    changed = not bool(kept.all()) or not torch.equal(labels, gallery.labels)
-    if changed or {i: n for n, i in ids.items()} != dict(gallery.classes):
-        gallery = replace(gallery, classes={i: n for n, i in ids.items()}, labels=labels)
-    if not bool(kept.all()):
-        gallery = replace(
-            gallery, embeddings=gallery.embeddings[kept], labels=labels[kept], enrolled=gallery.enrolled[kept]
-        )
-    for name, embeddings in enrolled.items():
-        gallery = gallery.add(name, embeddings)
-    return gallery
+    if names != dict(gallery.classes) or not torch.equal(labels, gallery.labels):
+        kept = labels >= 0
+        gallery = replace(gallery, classes=names, labels=labels).keep(kept)
+    return gallery.add_all(enrolled)
 
 
 def _snapshot(recognizer: OpenSetRecognizer, gallery: Gallery, model: str, changes: Changes) -> Snapshot:

@@ -149,6 +149,7 @@ def _environment(config: ServeConfig, room: Path) -> dict[str, str]:
         ports = [str(_free_port("127.0.0.1", 0)) for _ in range(3)]
         values |= {
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",  # a client that says nothing holds no connection for an hour
             "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
             "RAY_SERVE_HAPROXY_STATS_PORT": ports[0],
             "RAY_SERVE_HAPROXY_METRICS_PORT": ports[1],

@@ -288,16 +288,20 @@ class Service:
     # Following the store ----------------------------------------------------------------------------------
 
     def _poll(self) -> None:
+        failed = None
         while not self._stop.wait(POLL):
             try:
                 self._look()
+                failed = None
             except StoreUnavailable as error:
                 if self.store_is_up:
                     logger.error("the store does not answer: %s", error)
                 self.store_is_up = False
                 metrics.store_up.set(0)
-            except Exception:
-                logger.exception("a change of the store could not be taken in")
+            except Exception as error:
+                if repr(error) != failed:  # it is tried again, and said once
+                    logger.exception("a change of the store could not be taken in")
+                failed = repr(error)
 
     store_is_up = True
     """Whether the store answered when it was last asked."""

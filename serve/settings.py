@@ -76,7 +76,7 @@ class ServeConfig(Section):
     """For each process that embeds."""
     follow: bool = False
     """Go over to another version when the alias of `model` does."""
-    alpha: Annotated[float, Field(gt=0, lt=1)] | None = None
+    alpha: Annotated[float, Field(ge=1e-6, lt=1)] | None = None
     """The share of known items that may be rejected; None: what the store or the bundle says."""
     cors: list[str] = []
     """Origins whose pages may call this endpoint; none unless named."""

@@ -310,6 +310,22 @@ def test_files_that_differ_in_columns(vectors, digit_vectors, tmp_path):
 # On Ray -------------------------------------------------------------------------------------------------------
 
 
+def test_the_command_has_a_ray_of_its_own_and_says_nothing_else(vectors, digit_vectors, tmp_path):
+    """Embeddings alone, by two workers."""
+    vectors.save(tmp_path / "bundle")
+    write_embeddings(tmp_path / "digits.npz", digit_vectors[0], None)
+    command = [sys.executable, "-m", "osml_plugin.cli", "recognize", "bundle", "digits.npz", "--ray", "--out", "out"]
+    done = subprocess.run([*command, "--json"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = written(tmp_path / "out")
+    assert rows["item"].tolist() == list(range(1797))
+    check(rows, vectors, digit_vectors[0])
+    told = {"n_items": 1797, "n_unknown": int((~rows["known"]).sum()), "n_bad": 0, "out": "out"}
+    assert json.loads(done.stdout) == told and done.stdout.count("\n") == 1
+    lines = done.stderr.replace("\r", "\n").splitlines()
+    assert all(line.startswith("recognising") for line in lines if line.strip()), done.stderr
+
+
 @pytest.fixture(scope="module")
 def ray_session():
     with ray_here():
@@ -349,33 +365,21 @@ def test_on_ray_parquet_and_a_registered_model(on_ray, bundle, images, tmp_path,
     tracking_uri()
     with mlflow.start_run() as run:
         log_bundle(bundle, run_id=run.info.run_id, register="digits")
-    parquet_of("image", images, np.zeros((400, 1), np.float32), tmp_path / "data")
-    result, rows = on_ray("models:/digits@challenger", tmp_path / "data")
-    assert rows["id"].tolist() == [f"id-{i}" for i in range(400)] and result.n == 400
+    table = pa.table({"id": range(400, 800), "image": [path.read_bytes() for path in images]})
+    pq.write_table(table, tmp_path / "data.parquet")
+    result, rows = on_ray("models:/digits@challenger", tmp_path / "data.parquet")
+    assert rows["id"].tolist() == list(range(400, 800)) and rows["item"].tolist() == list(range(400))
+    assert result.n == 400
     check(rows, OpenSetRecognizer.load(bundle), images)
 
 
-def test_on_ray_embed_and_what_it_writes_is_recognised(ray_session, bundle, digits_folder, images, tmp_path):
-    result = embed_to_parquet(bundle, digits_folder, tmp_path / "embedded", progress=False)
+def test_on_ray_embed_and_what_it_writes_is_recognised(ray_session, bundle, images, tmp_path):
+    parquet_of("image", images, np.zeros((400, 1), np.float32), tmp_path / "data")
+    result = embed_to_parquet(bundle, tmp_path / "data", tmp_path / "embedded", progress=False)
     recognizer, rows = OpenSetRecognizer.load(bundle), written(result.out)
-    assert list(rows) == ["path", "embedding", "error"] and (result.n, result.n_bad) == (400, 0)
-    assert rows["path"].tolist() == [str(path) for path in images]
+    assert set(rows) == {"item", "id", "label", "embedding", "error"} and (result.n, result.n_bad) == (400, 0)
+    assert rows["id"].tolist() == [f"id-{i}" for i in range(400)]
     np.testing.assert_allclose(np.stack(rows["embedding"]), recognizer.embed(images), rtol=1e-4, atol=1e-6)
     recognize_dataset(bundle, result.out, tmp_path / "answers.parquet", progress=False)
-    check(written(tmp_path / "answers.parquet"), recognizer, images)
-
-
-def test_the_command_has_a_ray_of_its_own_and_says_nothing_else(vectors, digit_vectors, tmp_path):
-    """Embeddings alone, by two workers."""
-    vectors.save(tmp_path / "bundle")
-    write_embeddings(tmp_path / "digits.npz", digit_vectors[0], None)
-    command = [sys.executable, "-m", "osml_plugin.cli", "recognize", "bundle", "digits.npz", "--ray", "--out", "out"]
-    done = subprocess.run([*command, "--json"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    rows = written(tmp_path / "out")
-    assert rows["item"].tolist() == list(range(1797))
-    check(rows, vectors, digit_vectors[0])
-    told = {"n_items": 1797, "n_unknown": int((~rows["known"]).sum()), "n_bad": 0, "out": "out"}
-    assert json.loads(done.stdout) == told and done.stdout.count("\n") == 1
-    lines = done.stderr.replace("\r", "\n").splitlines()
-    assert all(line.startswith("recognising") for line in lines if line.strip()), done.stderr
+    answers = pd.read_parquet(tmp_path / "answers.parquet").sort_values("given_item", ignore_index=True)
+    check(answers, recognizer, images)
