@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import socket
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from .bulk_tables import BLOCK, CHUNK, Counts, RowGroup, Source, number_parts, w
 from .bulk_work import Work
 from .bundle import load_bundle, save_bundle
 from .errors import OsmlError
+from .ray_cluster import connect
 from .recognizer import OpenSetRecognizer
 
 MAX_FILE = 20 * CHUNK
@@ -127,7 +127,10 @@ def _ray_session(address: str | None) -> Iterator[Any]:
     ours = not ray.is_initialized()
     try:
         if ours:
-            _start(ray, address)
+            # Ray's C++ part complains of what Ray Data does by design, and says so when it is told to be quiet.
+            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+            with _no_stderr():
+                connect(address)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a copy touches what is deprecated
             context = ray.data.DataContext.get_current().copy()
@@ -143,30 +146,6 @@ def _ray_session(address: str | None) -> Iterator[Any]:
             ray.shutdown()
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _start(ray: Any, address: str | None) -> None:
-    if address is not None and address.startswith("ray://"):
-        raise OsmlError(
-            f"address '{address}' is a Ray client's, and this runs on a machine of the cluster: submit it with "
-            "'ray job submit', or name host:6379"
-        )
-    try:
-        host, colon, port = (address or "").rpartition(":")
-        if colon:  # Ray would try for minutes
-            socket.create_connection((host, int(port)), timeout=10).close()
-        # Ray's C++ part complains of what Ray Data does by design, and says so when it is told to be quiet.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        with _no_stderr():
-            ray.init(
-                address=address or "local",
-                include_dashboard=False if address is None else None,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-    except Exception as error:  # Ray raises many kinds
-        what = f"the Ray cluster '{address}' does not answer" if address else "Ray cannot be started here"
-        raise OsmlError(f"{what} ({' '.join(str(error).split())[:300]}): look at 'ray status' on its head") from error
 
 
 @contextmanager

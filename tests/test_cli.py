@@ -21,7 +21,7 @@ from osml_plugin.data import open_items, write_embeddings
 
 SPLIT = {"known": ["0", "1", "2", "3", "4"], "pseudo_unknown": ["5", "6"], "unknown": ["7", "8", "9"]}
 QUICK = ["--set", "training.epochs=8", "--set", "model.trunk.name=small_cnn", "--set", "training.batch_size=32"]
-COMMANDS = ["train", "evaluate", "predict", "embed", "discover", "enroll", "forget", "detectors", "losses"]
+COMMANDS = ["train", "evaluate", "predict", "embed", "recognize", "discover", "enroll", "forget", "detectors", "losses"]
 FIGURES = [
     "closed_set_accuracy",
     "auroc",

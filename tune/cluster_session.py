@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import ray
 
 from osml_plugin.errors import OsmlError
+from osml_plugin.ray_cluster import connect
 
 from .settings import Resources
 
@@ -23,28 +24,12 @@ def ray_session(address: str | None, resources: Resources) -> Iterator[None]:
     Raises:
         OsmlError: for a cluster that does not answer, and for one on which no trial would ever fit.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # there is a table of our own
     ours = not ray.is_initialized()
     if ours:
-        if address is not None and address.startswith("ray://"):
-            raise OsmlError(
-                f"address '{address}' is a Ray client's: a sweep runs on a machine of the cluster; submit it with "
-                "'ray job submit', or name host:6379"
-            )
         logging.getLogger("ray").setLevel(logging.ERROR)
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # trials that fail are named at the end
-        try:
-            ray.init(
-                address=address or "local",
-                include_dashboard=False if address is None else None,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-        except Exception as error:  # Ray raises many kinds
-            reason = " ".join(str(error).split())[:300]
-            what = f"the Ray cluster '{address}' does not answer" if address else "Ray cannot be started here"
-            raise OsmlError(f"{what} ({reason}): look at 'ray status' on its head") from error
+        connect(address)
     try:
         _check_fits(address, resources)
         yield
