@@ -106,6 +106,7 @@ def ray_of_module():
         yield
 
 
+@pytest.mark.long
 def test_a_sweep_of_two_workers_a_trial(ray_of_module, digit_embeddings, store, tmp_path):
     """To the end: one trial, a worker of which is killed, goes on from its checkpoint; the other fails, and is named."""
     space = {"loss": {"name": "ArcFaceLoss", "scale": {"choice": [16, 1e39]}}}
