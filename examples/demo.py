@@ -179,7 +179,7 @@ def endpoint(model: str, home: Path, keep: bool) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     home.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "osml_plugin", "serve", model, "--home", home, "--port", str(port)]
+    command = [sys.executable, "-m", "osml_plugin", "serve", model, "--home", home.resolve(), "--port", str(port)]
     with open(home / "output.txt", "w") as output:
         server = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
     (home / "pid").write_text(str(server.pid))
@@ -194,31 +194,27 @@ def endpoint(model: str, home: Path, keep: bool) -> Iterator[str]:
         ready = True
     finally:
         if not (keep and ready):
-            stop_endpoint(home.parent)
+            server.terminate()
             server.wait(timeout=60)
+            (home / "pid").unlink()
 
 
 def pid_of(out: Path) -> int | None:
-    file = out / "endpoint" / "pid"
-    return int(file.read_text()) if file.exists() else None
+    """Of the endpoint of an earlier demo in this folder, if it still runs: it was kept, or the demo was cut off."""
+    try:
+        pid = int((out / "endpoint" / "pid").read_text())
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except (OSError, ValueError):
+        return None
+    return pid if os.fsencode((out / "endpoint").resolve()) in words else None
 
 
 def stop_endpoint(out: Path) -> None:
-    """Of this demo, or of one before that was kept or cut off."""
-    pid = pid_of(out)
-    if pid is None:
-        return
-    try:
-        mine = str(out / "endpoint") in Path(f"/proc/{pid}/cmdline").read_text()
-    except OSError:
-        mine = False
-    if mine:
+    pid, end = pid_of(out), time.monotonic() + 60
+    if pid is not None:
         os.kill(pid, signal.SIGTERM)
-        for _ in range(300):
-            if not Path(f"/proc/{pid}").exists():
-                break
-            time.sleep(0.1)
-    (out / "endpoint" / "pid").unlink()
+    while pid_of(out) is not None and time.monotonic() < end:
+        time.sleep(0.1)
 
 
 def write_digits(folder: Path) -> None:

@@ -177,6 +177,11 @@ class OpenSetRecognizer:
         self.refit()
         return self
 
+    @property
+    def has_scores(self) -> bool:
+        """Whether there are known items to fit a rate on."""
+        return len(self.calibration_scores) + len(self.enrolled_scores) > 0
+
     def refit(self) -> None:
         """Fit detector and threshold on the gallery and the held-out items that are here now."""
         gallery = self._fitted_gallery()
@@ -191,6 +196,8 @@ class OpenSetRecognizer:
             if len(self.enrolled_scores):
                 both = np.concatenate([self.calibration_scores, self.enrolled_scores])
                 threshold.tau = max(tau, threshold.fit(both).tau)
+        elif len(self.enrolled_scores):
+            threshold.fit(self.enrolled_scores)  # all classes of the training are forgotten
         if threshold.tau is None:
             missing = "validation items, known and pseudo-unknown" if threshold.needs_unknown else "calibration items"
             raise OsmlError(f"nothing to fit the threshold '{threshold.name}' on: it needs {missing}")

@@ -15,7 +15,7 @@ from osml_plugin import __version__
 from osml_plugin.errors import OsmlError
 
 from . import metrics
-from .body import BodyLimit
+from .body import ITEMS, BodyLimit
 from .gate import Admission, Loopback
 from .patience import Patience
 from .routes import ROUTERS
@@ -39,7 +39,7 @@ def make_app(service: Service) -> Any:
     _errors(app)
 
     limits = service.config.limits
-    outer: Any = BodyLimit(Patience(app), limits.body_bytes)
+    outer: Any = BodyLimit(Patience(app), limits.body_bytes, ITEMS)
     outer = Admission(outer, limits.waiting, retry_after_s=1)
     if service.config.cors:
         outer = CORSMiddleware(

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from osml_plugin.errors import OsmlError
 
+from .settings import ServeConfig
+
 logger = logging.getLogger("osml.audit")
 
 
@@ -59,3 +61,9 @@ class Audit:
 
 def _opened(file: Path) -> int:
     return os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+
+
+def audit_of(config: ServeConfig) -> Audit:
+    """The one of an endpoint."""
+    config.home.mkdir(parents=True, exist_ok=True)
+    return Audit(config.home / "audit.jsonl")

@@ -27,22 +27,33 @@ WIDTH = 4096
 _SLICE = 2**18  # characters of base64, decoded at a time: a thread holds the interpreter as long
 
 
+ITEMS = ("/recognize", "/embed", "/examples")
+"""How the routes end that take images or embeddings."""
+SMALL = 2**16
+"""Bytes of a body of the others."""
+
+
 class BodyLimit:
     """No more than `max_bytes` of a body are read; above it the answer is 413, at once where Content-Length says so.
 
+    So many only where the path ends with one of `routes`: 64 KiB is enough for the others.
     A body without a length is counted as it comes. The exception that its reader then sees is an `HTTPException`, which
     FastAPI and Starlette answer; where nobody did, it is answered here. A Content-Length that is none gives 400.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int):
-        self.app, self.max_bytes = app, max_bytes
-        self.too_large = f"the body is larger than {max_bytes:,} bytes: send less at once"
+    def __init__(self, app: ASGIApp, max_bytes: int, routes: tuple[str, ...] = ("",)):
+        self.app, self.max_bytes, self.routes = app, max_bytes, routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        problem = self._problem([value for name, value in scope["headers"] if name == b"content-length"])
+        # All other bodies are small JSON, which is parsed before anything else is asked.
+        most = self.max_bytes if scope.get("path", "").endswith(self.routes) else min(SMALL, self.max_bytes)
+        too_large = f"the body is larger than {most:,} bytes: send less at once"
+        problem = self._problem(
+            most, too_large, [value for name, value in scope["headers"] if name == b"content-length"]
+        )
         if problem is not None:
             await _answer(problem)(scope, receive, send)
             return
@@ -52,8 +63,8 @@ class BodyLimit:
             nonlocal count
             message = await receive()
             count += len(message.get("body", b""))
-            if count > self.max_bytes:
-                raise HTTPException(413, self.too_large)
+            if count > most:
+                raise HTTPException(413, too_large)
             return message
 
         async def sent(message: Message) -> None:
@@ -64,18 +75,18 @@ class BodyLimit:
         try:
             await self.app(scope, counted, sent)
         except HTTPException as problem:
-            if started or count <= self.max_bytes:
+            if started or count <= most:
                 raise
             await _answer(problem)(scope, receive, send)
 
-    def _problem(self, lengths: Sequence[bytes]) -> HTTPException | None:
+    def _problem(self, most: int, too_large: str, lengths: Sequence[bytes]) -> HTTPException | None:
         if not lengths:
             return None
         if len(set(lengths)) > 1 or not lengths[0].isdigit():
             return HTTPException(400, "Content-Length is not a whole number of bytes")
         digits = lengths[0].lstrip(b"0") or b"0"
-        if len(digits) > 18 or int(digits) > self.max_bytes:  # int refuses thousands of digits
-            return HTTPException(413, self.too_large)
+        if len(digits) > 18 or int(digits) > most:  # int refuses thousands of digits
+            return HTTPException(413, too_large)
         return None
 
 

@@ -111,6 +111,7 @@ def add(
     plain, record = make_key(name, scope)
     with _store(database, home) as store:
         store.add_key(record)
+    _audit(home).write("command line", "add key", name, scopes=list(record.scopes))
     if as_json:
         print_json({"name": name, "scopes": list(record.scopes), "key": plain})
         return
@@ -153,6 +154,7 @@ def revoke(name: Annotated[str, typer.Argument()], database: Database = None, ho
             records = store.keys()
             there = ", ".join(k.name for k in records if k.revoked_at is None) or "none"
             raise OsmlError(f"there is no key '{name}'; there are: {there}")
+    _audit(home).write("command line", "revoke key", name)
     print(f"revoked {name}")
 
 
@@ -175,6 +177,12 @@ def _store(database: str | None, home: Path | None) -> Any:
         return closing(Store(config.database_url))
     except StoreUnavailable as error:
         raise OsmlError(str(error)) from error
+
+
+def _audit(home: Path | None) -> Any:
+    from .audit import audit_of
+
+    return audit_of(_settings(None, None, home=home))
 
 
 def _where(config: ServeConfig) -> str:

@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations` here: Ray reads the type of `build`'s argument to make it from a YAML file's.
 
+import asyncio
 import logging
 import os
 from typing import Any
@@ -43,7 +44,7 @@ class EmbedderDeployment:
     async def embed(self, model: str, images: np.ndarray) -> np.ndarray:
         """Embeddings `(N, D)` of uint8 images `(N, C, H, W)`."""
         if model not in self._embedders:
-            embedder = Embedder(self._shelf.load(model))
+            embedder = Embedder(await asyncio.to_thread(self._shelf.load, model))
 
             async def together(requests):
                 return embed_together(embedder, requests)
@@ -62,6 +63,7 @@ class Endpoint:
     def __init__(self, config: ServeConfig, embedder: DeploymentHandle | None = None):
         _set_up(config)
         _check_store_reaches(config)
+        self._config = config
 
         async def embed(model: str, images: torch.Tensor) -> torch.Tensor:
             return torch.from_numpy(await embedder.embed.remote(model, images.numpy()))
@@ -78,7 +80,7 @@ class Endpoint:
         unknown = set(user_config) - {"alpha", "follow"}
         if unknown:
             raise OsmlError(f"user_config holds {', '.join(sorted(unknown))}: expected alpha and follow")
-        self.service.configure(ServeConfig.model_validate(self.service.config.model_dump() | user_config))
+        self.service.configure(ServeConfig.model_validate(self._config.model_dump() | user_config))
 
     def check_health(self) -> None:
         self.service.check()
@@ -122,6 +124,7 @@ def _number(config: ServeConfig) -> dict[str, Any]:
 def _set_up(config: ServeConfig) -> None:
     _stay_on_loopback()
     config.metrics.mkdir(parents=True, exist_ok=True)
+    os.close(os.open(config.home / "serve.log", os.O_CREAT | os.O_APPEND, 0o600))
     handler = logging.FileHandler(config.home / "serve.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(message)s"))
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every odd body

@@ -134,6 +134,7 @@ class Jobs:
                 done += embedded
                 lease.at(min(1.0, done / total))
             elif self._store.finish_model(job.id, version):
+                self._service.audit.write("configuration", "activate_model", version, job=job.id)
                 return
             elif not self._store.renew(job.id, self._worker, 1.0, LEASE):
                 raise LostLease

@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from osml_plugin import OpenSetRecognizer
+from osml_plugin import UNKNOWN, OpenSetRecognizer
 from osml_plugin.errors import OsmlError
 from osml_plugin.gallery import Gallery
 from osml_plugin.recognizer import LabelledEmbeddings
@@ -40,6 +41,12 @@ class Snapshot:
     alpha: float | None
     trained: Mapping[str, str | None]
     """What became of classes of the bundle."""
+
+    @cached_property
+    def spread(self) -> float:
+        """Standard deviation of the scores of known items: a unit for scores; 1 where there are none."""
+        scores = np.concatenate([self.recognizer.calibration_scores, self.recognizer.enrolled_scores])
+        return (float(scores.std()) if len(scores) else 0.0) or 1.0
 
 
 class Live:
@@ -72,10 +79,6 @@ class Live:
             self.snapshot = self._first()
             return self.snapshot
 
-    def prepare(self, model: str) -> None:
-        """Have a model version at hand that may become the active one."""
-        self._shelf.load(model)
-
     def _first(self) -> Snapshot:
         """From the bundle of the active model, and everything that was ever enrolled."""
         while True:
@@ -84,44 +87,66 @@ class Live:
             changes = self._store.changes_since(0, model)
             if changes.state.model == model:
                 break
-        self._examples = {}
         left_behind = sum(change.name is not None and change.embedding is None for change in changes.items)
         if left_behind:
             logger.warning("%d examples came without an image and are not known to model %s", left_behind, model)
-        _take(self._examples, changes)
-        return self._assembled(base, changes)
+        return self._assembled(base, _taken({}, changes), changes)
 
     def _next(self, before: Snapshot, changes: Changes) -> Snapshot:
-        added = [c for c in changes.items if c.name is not None and c.embedding is not None]
-        only_added = len(added) == len(changes.items) and not any(c.id in self._examples for c in added)
-        _take(self._examples, changes)
-        if not only_added or changes.trained != before.trained or changes.state.alpha != before.alpha:
-            return self._assembled(self._shelf.load(before.model), changes)
-        gallery = before.recognizer.gallery.add_all(_by_class({c.id: (c.name, c.embedding) for c in added}))
-        return _snapshot(before.recognizer, gallery, before.model, changes)
+        added = {c.id: (c.name, c.embedding) for c in changes.items if c.name and c.embedding is not None}
+        examples = _taken(self._examples, changes)
+        as_before = changes.trained == before.trained and changes.state.alpha == before.alpha
+        if not (as_before and len(added) == len(changes.items) and _are_last(added, self._examples)):
+            return self._assembled(self._shelf.load(before.model), examples, changes)
+        gallery = before.recognizer.gallery.add_all(_by_class(added))
+        snapshot = _snapshot(before.recognizer, gallery, before.model, changes)
+        self._examples = examples
+        return snapshot
 
-    def _assembled(self, base: OpenSetRecognizer, changes: Changes) -> Snapshot:
-        gallery = assembled(base.gallery, changes.trained, _by_class(self._examples))
+    def _assembled(self, base: OpenSetRecognizer, examples: Examples, changes: Changes) -> Snapshot:
         recognizer = copy(base)
         recognizer.calibration = _renamed(base.calibration, changes.trained)
         recognizer.validation = _renamed(base.validation, changes.trained)
-        return _snapshot(recognizer, gallery, changes.state.model, changes)
+        gallery, merged = assembled(base.gallery, changes.trained, _by_class(examples))
+        if base.class_weights is not None:
+            recognizer.class_weights, recognizer.proxy_ids = joined(base.class_weights, base.proxy_ids, merged)
+        snapshot = _snapshot(recognizer, gallery, changes.state.model, changes)
+        self._examples = examples
+        return snapshot
 
 
-def assembled(gallery: Gallery, trained: Mapping[str, str | None], enrolled: Mapping[str, Tensor]) -> Gallery:
-    """A bundle's gallery with its classes renamed, merged or forgotten, and examples `(M, D)` of classes on top."""
-    ids = {}
+def assembled(
+    gallery: Gallery, trained: Mapping[str, str | None], enrolled: Mapping[str, Tensor]
+) -> tuple[Gallery, dict[int, list[int]]]:
+    """A bundle's gallery with its classes renamed, merged or forgotten, and examples `(M, D)` of classes on top; and
+    for each class of the bundle that is left, the ids of those that it was made of."""
+    names = {old: trained.get(name, name) for old, name in gallery.classes.items()}
+    # A class that others were merged into keeps its own id.
+    ids = {name: old for old, name in names.items() if name is not None and name == gallery.classes[old]}
+    merged: dict[int, list[int]] = {}
     of_old = torch.full((max(gallery.classes) + 1,), -1)
-    for old in sorted(gallery.classes):
-        name = trained.get(gallery.classes[old], gallery.classes[old])
-        if name is not None:
-            of_old[old] = ids.setdefault(name, old)
-    names = {i: name for name, i in ids.items()}
+    for old in sorted(names):
+        if names[old] is not None:
+            of_old[old] = ids.setdefault(names[old], old)
+            merged.setdefault(ids[names[old]], []).append(old)
+    classes = {i: name for name, i in ids.items()}
     labels = of_old[gallery.labels]
-    if names != dict(gallery.classes) or not torch.equal(labels, gallery.labels):
+    if classes != dict(gallery.classes) or not torch.equal(labels, gallery.labels):
         kept = labels >= 0
-        gallery = replace(gallery, classes=names, labels=labels).keep(kept)
-    return gallery.add_all(enrolled)
+        gallery = replace(gallery, classes=classes, labels=labels).keep(kept)
+    return gallery.add_all(enrolled), merged
+
+
+def joined(weights: Tensor, proxy_ids: Sequence[int], merged: Mapping[int, list[int]]) -> tuple[Tensor, list[int]]:
+    """The proxies `(C, P, D)` of merged classes together. As many for each class: of the others some stand twice, which
+    changes nothing, since a class is as near as the nearest of its proxies."""
+    of = dict(zip(proxy_ids, weights, strict=True))
+    rows = {i: torch.cat([of[old] for old in olds if old in of]) for i, olds in merged.items()}
+    most = max((len(row) for row in rows.values()), default=1)
+    ids = sorted(rows)
+    filled = [rows[i][torch.arange(most) % len(rows[i])] for i in ids]
+    # Where none is left, one of no class tells how long those of enrolled classes are to be.
+    return (torch.stack(filled), ids) if filled else (weights[:1], [UNKNOWN])
 
 
 def _snapshot(recognizer: OpenSetRecognizer, gallery: Gallery, model: str, changes: Changes) -> Snapshot:
@@ -131,19 +156,28 @@ def _snapshot(recognizer: OpenSetRecognizer, gallery: Gallery, model: str, chang
     other = copy(recognizer)
     other.threshold = deepcopy(recognizer.threshold)
     other.gallery = gallery
-    if state.alpha is not None and state.alpha != other.kept_rate:
+    other.refit()
+    if state.alpha is not None and state.alpha != other.kept_rate and other.has_scores:
         other.keep_rate(state.alpha)
-    else:
-        other.refit()
     return Snapshot(other, model, state.gallery_version, state.alpha, changes.trained)
 
 
-def _take(examples: Examples, changes: Changes) -> None:
+def _taken(examples: Examples, changes: Changes) -> Examples:
+    """With what has changed; the examples of before stay as they are."""
+    after = dict(examples)
     for change in changes.items:
         if change.name is None or change.embedding is None:
-            examples.pop(change.id, None)
+            after.pop(change.id, None)
         else:
-            examples[change.id] = (change.name, change.embedding)
+            after[change.id] = (change.name, change.embedding)
+    return after
+
+
+def _are_last(added: Examples, examples: Examples) -> bool:
+    """Whether they come after all others of their classes: then a replica that has them come one by one, and one that
+    finds them all there, have them in the same order, and so the same folds and the same threshold."""
+    names = {name for name, _ in added.values()}
+    return not any(name in names and item >= min(added) for item, (name, _) in examples.items())
 
 
 def _by_class(examples: Examples) -> dict[str, Tensor]:

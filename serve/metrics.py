@@ -26,9 +26,9 @@ batch_size = Histogram("osml_batch_size", "Requests that shared a forward pass."
 items = Counter("osml_items", "Items recognised.", ["verdict"])
 not_remembered = Counter("osml_unknowns_not_remembered", "Unknown items that the store could not take.")
 scores = Histogram(
-    "osml_score_over_threshold",
-    "Unknown score divided by the threshold: above 1 is unknown.",
-    buckets=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2, 3, 5),
+    "osml_score_above_threshold",
+    "Unknown score minus threshold, in standard deviations of known items' scores: above 0 is unknown.",
+    buckets=(-5, -4, -3, -2.5, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 5, 10),
 )
 unknown_rate = Gauge(
     "osml_unknown_rate", "Share of the last 1,000 items that were unknown.", multiprocess_mode="mostrecent"

@@ -126,7 +126,7 @@ class NewName(_Strict):
 
 
 class Into(_Strict):
-    into: ClassName
+    into: Annotated[str, Field(min_length=1, max_length=MAX_NAME, description="A class that is there.")]
 
 
 class Changed(_Answer):

@@ -16,6 +16,7 @@ from unittest.mock import patch
 from osml_plugin.errors import OsmlError
 
 from . import metrics
+from .audit import audit_of
 from .keys import keys_required
 from .service import ask
 from .settings import ServeConfig
@@ -110,7 +111,7 @@ def _checked(config: ServeConfig) -> ServeConfig:
                 f"key first (osml keys add NAME --scope recognize --home {config.home}), or leave out --host"
             )
         # Replicas find the model on the shelf: they need neither the registry nor the folder.
-        ask(store, Shelf(config.home, config.trust_factories), config, anew=True)
+        ask(store, Shelf(config.home, config.trust_factories), config, audit_of(config), anew=True)
     port = _free_port(config.host, config.port)
     return config.model_copy(update={"port": port})
 

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import torch
@@ -21,10 +22,10 @@ from osml_plugin.recognizer import Recognition
 from osml_plugin.thresholds import DriftWatch
 
 from . import metrics
-from .audit import Audit
+from .audit import Audit, audit_of
 from .batcher import Batcher
 from .embedder import Embedder, embed_together
-from .images import decode
+from .images import decode, pixels_of
 from .keys import KeyRing, keys_required
 from .live import Live, Snapshot
 from .settings import ServeConfig
@@ -38,6 +39,13 @@ POLL = 0.2
 """Seconds between looks at the store: a write is on every replica within one, the time to fit included."""
 SMALL = 100_000
 """Bytes of images below which decoding takes less time than handing it to a thread."""
+
+INLINE = 1_000_000
+"""Pixels of a request up to which the same holds."""
+RETRY_S = 60.0
+"""Seconds after which a model version that could not be prepared is tried again, where the alias is followed."""
+WATCHED = 1000
+"""Items between two looks at whether the calibration still holds."""
 
 RemoteEmbed = Callable[[str, Tensor], Awaitable[Tensor]]
 """Model version and images `(N, C, H, W)` in, embeddings `(N, D)` out, by another process."""
@@ -79,9 +87,9 @@ class Service:
         self.config, self.name = config, name
         self.store = Store(config.database_url)
         self.shelf = Shelf(config.home, config.trust_factories)
-        ask(self.store, self.shelf, config)
+        self.audit = audit_of(config)
+        ask(self.store, self.shelf, config, self.audit)
         self.live = Live(self.store, self.shelf)
-        self.audit = Audit(config.home / "audit.jsonl")
         self._remote = embed
         self._embedders: dict[str, Embedder] = {}
         self._torch = ThreadPoolExecutor(1, thread_name_prefix="torch")
@@ -93,6 +101,7 @@ class Service:
         self._unknown_share = metrics.Share()
         self._drift: DriftWatch | None = None
         self._calibrated: tuple | None = None
+        self._since = 0
         self._keys_version = -1
         self.keyring = KeyRing((), required=True)
         self._look()
@@ -117,7 +126,7 @@ class Service:
     def configure(self, config: ServeConfig) -> None:
         """Take another configuration; model and rate have effect if this one asks for others than the one before."""
         self.config = config
-        ask(self.store, self.shelf, config)
+        ask(self.store, self.shelf, config, self.audit)
 
     def change_model(self, by: Write, address: Address, asked: dict[str, Any] | None = None) -> Written:
         """Go over to another model version: at once, or when all that was enrolled has been embedded by it."""
@@ -143,9 +152,16 @@ class Service:
                 items.append(Item(content, media_type, pixels))
             return items
 
-        if sum(map(len, contents)) < SMALL:
+        if sum(map(len, contents)) < SMALL and sum(map(pixels_of, contents)) < INLINE:
             return snapshot, decoded()
-        return snapshot, await asyncio.to_thread(decoded)
+        return snapshot, await asyncio.to_thread(self._bounded, contents, decoded)
+
+    def _bounded(self, contents: Sequence[bytes], decoded: Callable[[], list[Item]]) -> list[Item]:
+        """Few bytes can be many pixels: what a request costs is known before it is paid."""
+        most = self.config.limits.request_pixels
+        if sum(map(pixels_of, contents)) > most:
+            raise OsmlError(f"the images of one request are more than {most:,} pixels in all: send fewer at once")
+        return decoded()
 
     async def embed(self, snapshot: Snapshot, items: Sequence[Item]) -> Tensor:
         """Embeddings `(N, D)`."""
@@ -235,9 +251,10 @@ class Service:
         metrics.items.labels("unknown").inc(sum(unknown))
         metrics.items.labels("known").inc(len(found) - sum(unknown))
         metrics.unknown_rate.set(self._unknown_share.add(unknown))
+        spread = snapshot.spread
         for r in found:
-            if r["threshold"]:
-                metrics.scores.observe(r["score"] / r["threshold"])
+            if r["threshold"] is not None:
+                metrics.scores.observe((r["score"] - r["threshold"]) / spread)
         alpha = snapshot.recognizer.kept_rate
         if alpha is None or found[0]["p_value"] is None:
             return
@@ -245,6 +262,13 @@ class Service:
         if self._calibrated != calibrated:
             self._drift, self._calibrated = DriftWatch(alpha, n_calibration=calibrated[2]), calibrated
         self._drift.add([r["p_value"] for r in found])
+        self._since += len(found)
+        if self._since < WATCHED:
+            return  # one window, one verdict: asked again and again it would raise more false alarms than it says
+        self._since, drift = 0, self._drift.drift()
+        if drift is not None:
+            metrics.known_rejected.set(drift.known_rejected)
+            metrics.calibration_stale.set(drift.stale)
 
     # Learning ---------------------------------------------------------------------------------------------
 
@@ -282,8 +306,10 @@ class Service:
         try:
             return self.live.catch_up(written.gallery_version), written
         except StoreUnavailable:
-            # The write is committed; this replica learns of it when the store is back.
-            return self.live.snapshot, written
+            pass  # it is committed; this replica learns of it when the store is back
+        except Exception:
+            logger.exception("a committed write could not be taken in")
+        return self.live.snapshot, written
 
     # Following the store ----------------------------------------------------------------------------------
 
@@ -316,25 +342,32 @@ class Service:
             keys = self.store.keys()
             self.keyring = KeyRing(keys, required=keys_required(self.config.host_is_loopback, keys))
             self._keys_version = state.keys_version
-        if state.pending is not None and state.pending != state.model:
-            self.live.prepare(state.pending)
+        if state.pending not in (None, state.model, self._preparing):
+            # Loading takes seconds, and keys and gallery are to be followed meanwhile.
+            self._preparing = state.pending
+            threading.Thread(target=self._prepare, args=(state.pending,), name="prepare", daemon=True).start()
         snapshot = self.live.snapshot
         if (state.gallery_version, state.model) != (snapshot.gallery_version, snapshot.model):
             snapshot = self.live.catch_up()
         self._tell(snapshot)
+
+    _preparing: str | None = None
+
+    def _prepare(self, model: str) -> None:
+        try:
+            self.shelf.load(model)
+        except Exception as error:
+            logger.warning("model %s cannot be loaded yet: %s", model, error)
+            self._preparing = None
 
     def _tell(self, snapshot: Snapshot) -> None:
         metrics.references.set(len(snapshot.recognizer.gallery))
         metrics.classes.set(len(snapshot.recognizer.gallery.classes))
         metrics.gallery_version.labels(self.name).set(snapshot.gallery_version)
         metrics.alpha.set(snapshot.recognizer.kept_rate or math.nan)
-        drift = self._drift.drift() if self._drift is not None else None
-        if drift is not None:
-            metrics.known_rejected.set(drift.known_rejected)
-            metrics.calibration_stale.set(drift.stale)
 
 
-def ask(store: Store, shelf: Shelf, config: ServeConfig, *, anew: bool = False) -> None:
+def ask(store: Store, shelf: Shelf, config: ServeConfig, audit: Audit, *, anew: bool = False) -> None:
     """Have the configured model and rate take effect, if the configuration did not ask for them before: what was
     changed by hand since stays. Replicas that start ask, too; `anew` is for a person who does: then the alias, or the
     folder, is looked at again.
@@ -346,15 +379,26 @@ def ask(store: Store, shelf: Shelf, config: ServeConfig, *, anew: bool = False) 
     if config.model is not None and (anew or config.follow or asked.get("model") != config.model):
         address = shelf.resolve(config.model)
         now = {"model": config.model, "version": address.version}
-        if now != {name: asked.get(name) for name in now}:
-            change_model(store, shelf, Write("configuration"), address, now)
+        if now != {name: asked.get(name) for name in now} or _failed(store, address.version, RETRY_S * (not anew)):
+            written = change_model(store, shelf, Write("configuration"), address, now)
+            audit.write("configuration", "ask_model", address.version, **written.result)
     if config.alpha is not None and asked.get("alpha") != config.alpha:
         store.set_alpha(Write("configuration"), config.alpha, {"alpha": config.alpha})
+        audit.write("configuration", "set_alpha", "", alpha=config.alpha)
     if store.state().model is None:
         raise OsmlError(
             "there is nothing to serve: name a bundle or models:/NAME@champion; the store "
             f"'{shown(config.database_url)}' has no model yet"
         )
+
+
+def _failed(store: Store, version: str, since_s: float) -> bool:
+    """Whether the last preparation of this version failed, so many seconds ago at least: a disk that was full or a
+    registry that was away need not be so for ever."""
+    last = next((job for job in store.jobs("model", 20) if job.args.get("version") == version), None)
+    if last is None or last.state != "failed" or last.error == "superseded":
+        return False
+    return (datetime.now(UTC) - last.finished_at).total_seconds() >= since_s
 
 
 def change_model(

@@ -25,6 +25,8 @@ class Limits(Section):
     """Images or embeddings in one request."""
     pixels: Count = 32_000_000
     """Of one image, counted before it is decoded."""
+    request_pixels: Count = 256_000_000
+    """Of all images of a request together."""
     frames: Count = 1
     """Of one image: animations are refused."""
     waiting: Count = 256
@@ -43,7 +45,7 @@ class Batching(Section):
     """How images of different requests share a forward pass."""
 
     size: Count = 64
-    """Images in one forward pass at most."""
+    """Requests that share one forward pass at most."""
     wait_ms: Annotated[float, Field(ge=0)] = 0
     """How long a batch that is not full waits for more. At 0 a batch takes what came while the last one ran."""
 

@@ -42,6 +42,7 @@ class Shelf:
         self.factories = tuple(factories)
         self._loaded: OrderedDict[str, OpenSetRecognizer] = OrderedDict()
         self._lock = threading.Lock()
+        self._turns: dict[str, threading.Lock] = {}
 
     def resolve(self, model: str) -> Address:
         """The concrete version that `models:/NAME@alias`, `models:/NAME/7` or a bundle's folder is now, brought here.
@@ -64,12 +65,18 @@ class Shelf:
     def load(self, version: str) -> OpenSetRecognizer:
         """The recognizer of a version; whoever gets it does not change it."""
         with self._lock:
-            if version not in self._loaded:
-                self._loaded[version] = load_bundle(self._bring(version), factories=self.factories)
-            self._loaded.move_to_end(version)
-            while len(self._loaded) > LOADED:
-                self._loaded.popitem(last=False)
-            return self._loaded[version]
+            turn = self._turns.setdefault(version, threading.Lock())
+        with turn:  # others that are loaded can be had meanwhile
+            with self._lock:
+                found = self._loaded.get(version)
+            if found is None:
+                found = load_bundle(self._bring(version), factories=self.factories)
+            with self._lock:
+                self._loaded[version] = found
+                self._loaded.move_to_end(version)
+                while len(self._loaded) > LOADED:
+                    self._loaded.popitem(last=False)
+            return found
 
     def class_names(self, version: str) -> list[str]:
         """Of the bundle."""
@@ -91,9 +98,10 @@ class Shelf:
 
     def _copy(self, bundle: Path, version: str) -> None:
         """In one step: another process may do the same."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        room = Path(tempfile.mkdtemp(prefix=".", dir=self.folder))
+        room = None
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            room = Path(tempfile.mkdtemp(prefix=".", dir=self.folder))
             for name in (MANIFEST, *read_manifest(bundle).file_names):
                 shutil.copyfile(bundle / name, room / name)
             os.rename(room, self._place(version))
@@ -101,4 +109,5 @@ class Shelf:
             if not self._place(version).exists():
                 raise OsmlError(f"cannot keep the model in '{self.folder}': {error.strerror or error}") from error
         finally:
-            shutil.rmtree(room, ignore_errors=True)
+            if room is not None:
+                shutil.rmtree(room, ignore_errors=True)

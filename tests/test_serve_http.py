@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import io
 import json
 import shutil
 import time
@@ -11,6 +13,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from serving import images_of, make_bundle, served, until
 
 from osml_plugin import OpenSetRecognizer
@@ -19,6 +22,7 @@ from osml_plugin.serve import learned
 from osml_plugin.serve.client import ServerError
 from osml_plugin.serve.keys import make_key
 from osml_plugin.serve.settings import ServeConfig, Unknowns
+from osml_plugin.thresholds import Fixed
 
 
 @pytest.fixture(scope="module")
@@ -248,10 +252,11 @@ def test_every_write_leaves_a_line(config, digits_folder):
         client.forget("7")
     lines = [json.loads(line) for line in (config.home / "audit.jsonl").read_text().splitlines()]
     assert [(line["actor"], line["action"], line["subject"]) for line in lines] == [
+        ("configuration", "ask_model", lines[0]["subject"]),
         ("local", "enroll", "7"),
         ("local", "forget", "7"),
     ]
-    assert lines[0]["details"]["gallery_version"] == 1
+    assert lines[1]["details"]["gallery_version"] == 1
 
 
 def test_the_unknown_are_kept_up_to_a_number(config, digits_folder):
@@ -328,8 +333,6 @@ def test_metrics_tell_what_was_done(config, digits_folder):
 
 
 def test_calls_that_come_together_share_a_pass(config, digits_folder):
-    import asyncio
-
     with served(config) as (service, client):
         sizes = []
         service._batches._observe = sizes.append
@@ -346,3 +349,89 @@ def test_calls_that_come_together_share_a_pass(config, digits_folder):
         assert sum(sizes) == 30 and len(sizes) <= 3
         alone = [client.recognize(file, remember=False).results[0].score for file in files]
         assert together == pytest.approx(alone, rel=1e-3)
+
+
+def fresh(config):
+    """What a replica that starts now would know."""
+    return learned(config.home)
+
+
+def test_replicas_that_came_another_way_decide_alike(config, digits_folder):
+    """One takes in a write after the other, the other finds them all."""
+    with served(config) as (service, client):
+        seen = client.recognize(images_of(digits_folder, "7", 0, 20)).results
+        client.enroll("7", images_of(digits_folder, "7", 20, 30))
+        client.enroll("7", observations=[r.observation_id for r in seen if r.observation_id])  # these are older
+        client.enroll("8", images_of(digits_folder, "8", 0, 10))
+        here, there = service.live.snapshot.recognizer, fresh(config)
+        assert here.threshold.tau == pytest.approx(there.threshold.tau, rel=1e-6)
+        assert np.allclose(here.enrolled_scores, there.enrolled_scores)
+        assert here.class_names == there.class_names
+
+
+def test_all_that_was_trained_may_be_forgotten(config, digits_folder):
+    with served(config) as (_, client):
+        client.set_alpha(0.1)
+        for digit in "67":
+            client.enroll(digit, images_of(digits_folder, digit, 0, 15))
+        for digit in "0123":
+            client.forget(digit)
+        assert [c.name for c in client.classes().classes] == ["6", "7"]
+        labels = [r.label for r in client.recognize(images_of(digits_folder, "6", 15, 40)).results]
+        assert labels.count("6") >= 15  # the threshold is fitted on what is left
+        client.set_alpha(0.2)
+        assert client.enroll("8", images_of(digits_folder, "8", 0, 5)).gallery_version == 9
+    assert fresh(config).class_names == ["6", "7", "8"]
+
+
+def test_a_rate_that_nothing_can_be_fitted_on_is_refused(tmp_path, digit_vectors):
+    vectors, labels = digit_vectors
+    known = labels < 5
+    names = [str(c) for c in labels[known]]
+    nothing = (vectors[:0].reshape(0, vectors.shape[1]), [])
+    recognizer = OpenSetRecognizer("knn", Fixed(tau=0.5)).fit(vectors[known], names, calibration=nothing)
+    recognizer.save(tmp_path / "bundle")
+    with served(ServeConfig(model=str(tmp_path / "bundle"), home=tmp_path / "home")) as (_, client):
+        with pytest.raises(ServerError, match=r"no calibration items.*409"):
+            client.set_alpha(0.1)
+        assert client.enroll("9", embeddings=vectors[labels == 9][:5]).gallery_version == 1
+
+
+def test_a_merged_class_keeps_the_proxies_of_both(tmp_path, digits_folder):
+    bundle = make_bundle(digits_folder, tmp_path / "bundle", overrides=["detector=max_logit"])
+    with served(ServeConfig(model=str(bundle), home=tmp_path / "home")) as (service, client):
+        of_both = images_of(digits_folder, "2", 0, 20) + images_of(digits_folder, "3", 0, 20)
+        before = client.recognize(of_both, remember=False).results
+        client.merge("2", "3")
+        after = client.recognize(of_both, remember=False).results
+        assert service.live.snapshot.recognizer.detector.name == "max_logit"
+        assert [r.nearest.replace("2", "3") for r in before] == [r.nearest for r in after]
+
+
+def test_little_that_becomes_much_does_not_stop_others(config, digits_folder):
+    wide = io.BytesIO()
+    Image.new("1", (5600, 5600)).save(wide, "PNG")
+    with served(config) as (service, client):
+        small = client._http.post(
+            "/v1/discoveries", content=b"[" * 100_000, headers={"Content-Type": "application/json"}
+        )
+        assert small.status_code == 413
+        longest = []
+
+        async def work():
+            async def beat():
+                while not done.is_set():
+                    began = time.perf_counter()
+                    await asyncio.sleep(0.005)
+                    longest.append(time.perf_counter() - began)
+
+            done = asyncio.Event()
+            pulse = asyncio.create_task(beat())
+            await service.items([wide.getvalue()] * 6, None)
+            done.set()
+            await pulse
+
+        asyncio.run(work())
+        assert max(longest) < 1  # six of them take seconds
+        with pytest.raises(ServerError, match=r"pixels in all.*422"):
+            client.recognize([wide.getvalue()] * 10)

@@ -571,6 +571,8 @@ def test_base64_in_slices_is_base64_in_one(text):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(body_module, "_SLICE", 8)
         try:
+            if len(text) % 4 or "=" in text[:-2]:
+                raise binascii.Error("Python takes more padding than there is room for")
             expected = binascii.a2b_base64(text, strict_mode=True)
         except binascii.Error:
             with pytest.raises(HTTPException):

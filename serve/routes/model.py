@@ -90,6 +90,8 @@ def rollback(service: Served, by: Admin):
 @router.put("/alpha", response_model=Changed, responses=WRITE_PROBLEMS)
 def set_alpha(service: Served, wanted: AlphaIn, by: Admin):
     """Choose another share of known items that may be rejected."""
+    if not service.live.snapshot.recognizer.has_scores:
+        raise HTTPException(409, "this model has no calibration items to fit another rate on: train it with some")
     return changed(*service.write(service.store.set_alpha, by, wanted.alpha))
 
 

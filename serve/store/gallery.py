@@ -25,7 +25,7 @@ class Gallery(Ledger):
             model = read_state(connection).model
             counted = select(items.c.name, func.count()).where(items.c.state == "example").group_by(items.c.name)
             enrolled = dict(connection.execute(counted).all())
-            return {name: enrolled.get(name, 0) for name in sorted(_bundle_names(connection, model) | enrolled.keys())}
+            return {name: enrolled.get(name, 0) for name in sorted(bundle_names(connection, model) | enrolled.keys())}
 
     def examples(self, name: str, limit: int, after: str | None = None) -> tuple[list[Example], str | None]:
         """Examples of a class, the oldest first, from behind `after`; and what to give as `after` for more."""
@@ -222,7 +222,7 @@ def _examples_of(name: str) -> list:
     return [items.c.state == "example", items.c.version.is_not(None), items.c.name == name]
 
 
-def _bundle_names(connection: Connection, model: str | None) -> set[str]:
+def bundle_names(connection: Connection, model: str | None) -> set[str]:
     bundle = connection.scalar(select(models.c.classes).where(models.c.version == model)) or []
     renamed = dict(connection.execute(select(trained_classes)).all())
     return {renamed.get(name, name) for name in bundle} - {None}
@@ -230,7 +230,7 @@ def _bundle_names(connection: Connection, model: str | None) -> set[str]:
 
 def _current_names(connection: Connection, model: str | None) -> set[str]:
     with_examples = select(items.c.name).where(items.c.state == "example", items.c.version.is_not(None)).distinct()
-    return _bundle_names(connection, model) | set(connection.scalars(with_examples))
+    return bundle_names(connection, model) | set(connection.scalars(with_examples))
 
 
 def _require(names: set[str], name: str) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from sqlalchemy import Connection, delete, func, insert, select, update
 
+from .errors import Conflict
+from .gallery import bundle_names
 from .jobs import end_job, queue
 from .ledger import Change, Ledger, batches, now, to_blob
 from .records import ModelRecord, Write, Written
@@ -122,6 +124,11 @@ def _missing(connection: Connection, model: str) -> bool:
 
 
 def _activate(this: Change, version: str) -> None:
+    by_version = select(embeddings.c.item_id).where(embeddings.c.model == version, embeddings.c.vector != b"")
+    enrolled = select(items.c.name).where(items.c.state == "example", items.c.id.in_(by_version)).distinct()
+    left = bundle_names(this.connection, version) | set(this.connection.scalars(enrolled))
+    if this.state.model is not None and len(left) < 2:
+        raise Conflict(f"model '{version}' would know {len(left)} of the classes that are left: enrol others by images")
     if this.state.model is None:
         this.set(model=version, pending=None)
     else:
