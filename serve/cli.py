@@ -138,6 +138,8 @@ def list_keys(database: Database = None, home: Home = None, as_json: AsJson = Fa
     if as_json:
         print_json({"keys": rows})
         return
+    if not rows:
+        print("no keys")
     for row in rows:
         end = f"  revoked {row['revoked_at']}" if row["revoked_at"] else ""
         print(f"{row['name']:24} {','.join(row['scopes']):28} {row['created_at']}{end}")

@@ -207,6 +207,8 @@ def learned(home: str | Path, *, database: str | None = None, factories: Sequenc
         OsmlError: where no endpoint has ever run.
     """
     config = ServeConfig(home=Path(home), database=database)
+    if config.database_url.startswith("sqlite") and database is None and not (config.home / "store.db").is_file():
+        raise OsmlError(f"no endpoint has run in '{home}': expected the --home of an `osml serve`")
     with closing(Store(config.database_url)) as store:
         if store.state().model is None:
             raise OsmlError(f"no endpoint has run in '{home}': expected the --home of an `osml serve`")

@@ -5,13 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+from filelock import FileLock, Timeout
 
 from osml_plugin.errors import OsmlError
 
@@ -21,7 +25,7 @@ from .keys import keys_required
 from .service import ask
 from .settings import ServeConfig
 from .shelf import Shelf
-from .store import Store
+from .store import Store, StoreUnavailable, shown
 
 APP = "osml"
 
@@ -33,8 +37,31 @@ def running(config: ServeConfig, *, cpus: int | None = None) -> Iterator[str]:
     Raises:
         OsmlError: for a model that is not there, a port that is taken, an address other than loopback without keys.
     """
-    config = _checked(config)
-    metrics.clear(config.metrics)
+    with _alone(config.home) as home:
+        config = _checked(config.model_copy(update={"home": home}))
+        metrics.clear(config.metrics)
+        with _running(config, cpus) as address:
+            yield address
+
+
+@contextmanager
+def _alone(home: Path) -> Iterator[Path]:
+    """One server for one home: another would change its model and its counts."""
+    home = home.resolve()
+    home.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(home / "serving.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OsmlError(f"an endpoint runs in '{home}' already: stop it, or name another --home") from None
+    try:
+        yield home
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _running(config: ServeConfig, cpus: int | None) -> Iterator[str]:
     room = _room()
     environment = _environment(config, room)
     before = {name: os.environ.get(name) for name in environment}
@@ -47,7 +74,7 @@ def running(config: ServeConfig, *, cpus: int | None = None) -> Iterator[str]:
 
         for name in ("ray", "ray.serve"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        with _on_loopback():
+        with _on_loopback(), _same_signals():
             ray.init(
                 address="local",
                 num_cpus=cpus,
@@ -57,6 +84,7 @@ def running(config: ServeConfig, *, cpus: int | None = None) -> Iterator[str]:
                 _temp_dir=str(room / "ray"),
                 _node_ip_address="127.0.0.1",
             )
+        _check_fits(config, ray.cluster_resources())
         try:
             serve.start(
                 proxy_location="HeadOnly",
@@ -76,6 +104,27 @@ def running(config: ServeConfig, *, cpus: int | None = None) -> Iterator[str]:
             else:
                 os.environ[name] = value
         shutil.rmtree(room, ignore_errors=True)
+
+
+@contextmanager
+def _same_signals() -> Iterator[None]:
+    """Ray takes SIGTERM for itself, and would end this process without its end."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _check_fits(config: ServeConfig, there: dict[str, float]) -> None:
+    """Serve would wait for ever."""
+    wanted = config.gpus * (config.embedders or config.replicas)
+    if wanted > there.get("GPU", 0):
+        import ray
+
+        ray.shutdown()
+        raise OsmlError(f"this wants {wanted:g} GPUs, and there are {there.get('GPU', 0):g} here: lower gpus")
 
 
 @contextmanager
@@ -100,9 +149,9 @@ def _run(serve: Any, application: Any) -> None:
 
 def _checked(config: ServeConfig) -> ServeConfig:
     """With a port and a model that are there: what is wrong is said before anything starts."""
-    config = config.model_copy(update={"home": config.home.resolve(), "host": config.host or "127.0.0.1"})
-    config.home.mkdir(parents=True, exist_ok=True)
-    with closing(Store(config.database_url)) as store:
+    host = config.host or "127.0.0.1"
+    config = config.model_copy(update={"host": host, "port": _free_port(host, config.port)})
+    with closing(_store(config)) as store:
         records = store.keys()
         valid = [record for record in records if record.revoked_at is None]
         if not (config.host_is_loopback or valid):
@@ -112,8 +161,16 @@ def _checked(config: ServeConfig) -> ServeConfig:
             )
         # Replicas find the model on the shelf: they need neither the registry nor the folder.
         ask(store, Shelf(config.home, config.trust_factories), config, audit_of(config), anew=True)
-    port = _free_port(config.host, config.port)
-    return config.model_copy(update={"port": port})
+    return config
+
+
+def _store(config: ServeConfig) -> Store:
+    try:
+        return Store(config.database_url)
+    except StoreUnavailable as error:
+        raise OsmlError(
+            f"the store '{shown(config.database_url)}' does not answer: is it running, and is the address right? ({error})"
+        ) from error
 
 
 def is_open(config: ServeConfig) -> bool:

@@ -25,7 +25,7 @@ from . import metrics
 from .audit import Audit, audit_of
 from .batcher import Batcher
 from .embedder import Embedder, embed_together
-from .images import decode, pixels_of
+from .images import BadImage, decode, pixels_of
 from .keys import KeyRing, keys_required
 from .live import Live, Snapshot
 from .settings import ServeConfig
@@ -147,8 +147,11 @@ class Service:
 
         def decoded() -> list[Item]:
             items = []
-            for content in contents:
-                pixels, media_type = decode(content, form, self.config.limits)
+            for i, content in enumerate(contents):
+                try:
+                    pixels, media_type = decode(content, form, self.config.limits)
+                except BadImage as error:
+                    raise BadImage(f"image {i}: {error}" if len(contents) > 1 else str(error)) from None
                 items.append(Item(content, media_type, pixels))
             return items
 
