@@ -169,7 +169,7 @@ def _store(config: ServeConfig) -> Store:
         return Store(config.database_url)
     except StoreUnavailable as error:
         raise OsmlError(
-            f"the store '{shown(config.database_url)}' does not answer: is it running, and is the address right? ({error})"
+            f"the store '{shown(config.database_url)}' does not answer; is it running, is the address right? ({error})"
         ) from error
 
 
