@@ -310,6 +310,7 @@ def test_files_that_differ_in_columns(vectors, digit_vectors, tmp_path):
 # On Ray -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_command_has_a_ray_of_its_own_and_says_nothing_else(vectors, digit_vectors, tmp_path):
     """Embeddings alone, by two workers."""
     vectors.save(tmp_path / "bundle")

@@ -28,7 +28,7 @@ from serving import images_of, make_bundle, until
 
 from osml_plugin.errors import OsmlError
 from osml_plugin.serve.client import Client
-from osml_plugin.tracking import log_bundle
+from osml_plugin.tracking import log_bundle, tracking_uri
 
 pytest_plugins = ["postgres"]
 
@@ -185,7 +185,7 @@ def registered(digits_folder, tmp_path_factory) -> Iterator[mlflow.MlflowClient]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
         patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-        client = mlflow.MlflowClient()
+        client = mlflow.MlflowClient(tracking_uri())  # MLflow keeps the store of the test before in mind
         run = client.create_run(client.create_experiment("digits", f"file://{folder}/artifacts")).info.run_id
         for seed in (0, 1):
             log_bundle(make_bundle(digits_folder, folder / str(seed), seed=seed), run_id=run, register="digits")
@@ -455,6 +455,7 @@ finally:
 """
 
 
+@pytest.mark.long
 def test_sqlite_is_refused_where_there_is_more_than_one_node(tmp_path):
     room = tempfile.mkdtemp(prefix="sv")
     try:

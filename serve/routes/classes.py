@@ -29,7 +29,7 @@ from .recognition import either
 router = APIRouter(prefix="/v1/classes", tags=["classes"])
 
 Name = Annotated[str, Path(min_length=1, max_length=200)]
-"""Of a class that is there already: whatever the bundle called it."""
+"""Of a class that is there already; one with a '/' in it cannot be named in an address."""
 Enroller = Annotated[Write, Depends(writer_with("enroll"))]
 
 
@@ -49,7 +49,7 @@ def classes(service: Served):
 
 
 @router.get(
-    "/{name:path}/examples",
+    "/{name}/examples",
     response_model=ExamplesOf,
     responses=PROBLEMS | NOT_FOUND,
     dependencies=[Depends(actor_with("enroll"))],
@@ -89,25 +89,25 @@ async def enroll(
     return changed(snapshot, written, 201)
 
 
-@router.delete("/{name:path}/examples/{item}", response_model=Changed, responses=WRITE_PROBLEMS | NOT_FOUND)
+@router.delete("/{name}/examples/{item}", response_model=Changed, responses=WRITE_PROBLEMS | NOT_FOUND)
 def remove_example(service: Served, name: Name, item: ItemId, by: Enroller):
     """Take one example out of a class."""
     return changed(*service.write(service.store.remove_example, by, name, item))
 
 
-@router.patch("/{name:path}", response_model=Changed, responses=WRITE_PROBLEMS | NOT_FOUND)
+@router.patch("/{name}", response_model=Changed, responses=WRITE_PROBLEMS | NOT_FOUND)
 def rename(service: Served, name: Name, new: NewName, by: Enroller):
     """Give a class another name."""
     return changed(*service.write(service.store.rename, by, name, new.name))
 
 
-@router.post("/{name:path}/merge", response_model=Changed, responses=WRITE_PROBLEMS | NOT_FOUND)
+@router.post("/{name}/merge", response_model=Changed, responses=WRITE_PROBLEMS | NOT_FOUND)
 def merge(service: Served, name: Name, into: Into, by: Enroller):
     """Make a class part of another one."""
     return changed(*service.write(service.store.merge, by, name, into.into))
 
 
-@router.delete("/{name:path}", response_model=Changed, responses=WRITE_PROBLEMS | NOT_FOUND)
+@router.delete("/{name}", response_model=Changed, responses=WRITE_PROBLEMS | NOT_FOUND)
 def forget(service: Served, name: Name, by: Enroller):
     """Drop a class and all its examples; what belongs to it is unknown from now on."""
     return changed(*service.write(service.store.forget, by, name))
