@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -23,11 +24,13 @@ from .service import Service
 from .store import Conflict, KeyReused, NotThere, StaleModel, StoreFull, StoreUnavailable
 
 RETRY = {"Retry-After": "1"}
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+"""Counted by their names; a client may make up any others."""
 
 
 def make_app(service: Service) -> Any:
     """The ASGI application of one replica."""
-    app = FastAPI(
+    app = FastAPIOffline(  # its docs page needs nothing from the network
         title="osml-plugin",
         version=__version__,
         description="Open-set recognition: a known class, or unknown; the unknown grouped; a group learned once named.",
@@ -105,5 +108,6 @@ class Measured:
             await self._app(scope, receive, watched)
         finally:
             route = getattr(scope.get("route"), "path", "other")
-            metrics.requests.labels(scope["method"], route, str(status)).inc()
+            method = scope["method"] if scope["method"] in METHODS else "other"
+            metrics.requests.labels(method, route, str(status)).inc()
             metrics.latency.labels(route).observe(time.perf_counter() - began)

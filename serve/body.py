@@ -150,7 +150,9 @@ async def _files(request: Request, limits: Limits) -> list[bytes]:
         if not parser.complete:
             raise _unreadable("the multipart body ends before its last boundary")
         for field, file in form.multi_items():
-            if field != "files" or not isinstance(file, UploadFile):
+            if field == "files" and not isinstance(file, UploadFile):
+                raise _unreadable("the field 'files' holds text, not a file: with curl, write files=@image.jpg")
+            if field != "files":
                 raise _unreadable(f"expected files in the field 'files'; got the field {field[:50]!a}")
             _check_size(file.size, limits)
         _check_count(len(form.multi_items()), limits, "images in the field 'files'")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
@@ -73,9 +74,9 @@ def serve(
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
-    print("osml: starting; this takes some seconds", file=sys.stderr)
+    began = time.monotonic()
     try:
-        with running(settings) as address:
+        with running(settings, told=lambda step: _say(f"{time.monotonic() - began:3.0f} s  {step}")) as address:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, lambda *_: stop.set())
             key = "" if is_open(settings) else "-H 'Authorization: Bearer KEY' "
@@ -88,9 +89,9 @@ def serve(
             print(f"try        curl {key}-F files=@image.jpg {address}/v1/recognize")
             print("stop       Ctrl-C", flush=True)
             stop.wait()
-            print("osml: stopping", file=sys.stderr)
+            _say("stopping")
     except KeyboardInterrupt:
-        print("osml: stopped", file=sys.stderr)
+        _say("stopped")
         raise typer.Exit(130) from None
 
 
@@ -109,14 +110,14 @@ def add(
     from .keys import make_key
 
     plain, record = make_key(name, scope)
-    with _store(database, home) as store:
+    with _store(database, home, new=True) as store:
         store.add_key(record)
     _audit(home).write("command line", "add key", name, scopes=list(record.scopes))
     if as_json:
         print_json({"name": name, "scopes": list(record.scopes), "key": plain})
         return
     print(plain)
-    print("osml: keep it now, it is not shown again; a running endpoint knows it within a second", file=sys.stderr)
+    _say("keep it now, it is not shown again; a running endpoint knows it within a second")
 
 
 @keys.command("list")
@@ -168,12 +169,14 @@ def _settings(file: Path | None, overrides: list[str] | None, **flags: Any) -> S
     return checked(values, ServeConfig)
 
 
-def _store(database: str | None, home: Path | None) -> Any:
+def _store(database: str | None, home: Path | None, new: bool = False) -> Any:
     needs("serve", "sqlalchemy", "alembic")
     from .store import Store, StoreUnavailable
 
     config = _settings(None, None, database=database, home=home)
-    if config.database_url.startswith("sqlite") and config.database is None:
+    if config.database_url == f"sqlite:///{config.home.resolve()}/store.db":
+        if not new and not (config.home / "store.db").exists():
+            raise OsmlError(f"there is no store in '{config.home}': name the --home, or the --database, of an endpoint")
         config.home.mkdir(parents=True, exist_ok=True)
     try:
         return closing(Store(config.database_url))
@@ -185,6 +188,10 @@ def _audit(home: Path | None) -> Any:
     from .audit import audit_of
 
     return audit_of(_settings(None, None, home=home))
+
+
+def _say(text: str) -> None:
+    print(f"osml: {text}", file=sys.stderr, flush=True)
 
 
 def _where(config: ServeConfig) -> str:

@@ -71,7 +71,7 @@ class _Pieces(io.BytesIO):
 
 def _check(image: Image.Image, content: bytes, limits: Limits) -> None:
     if image.width * image.height > limits.pixels:
-        raise BadImage(f"{image.width} x {image.height} pixels are more than {limits.pixels:,}")
+        raise BadImage(f"{image.width} x {image.height} pixels are more than {limits.pixels:,}: send a smaller one")
     frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1  # no animation: the first is the picture
     if frames > limits.frames:
         raise BadImage(f"{frames} frames are more than {limits.frames}")

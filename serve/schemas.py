@@ -12,10 +12,14 @@ from osml_plugin import UNKNOWN
 MAX_NAME = 200
 
 
+_NO_CLASSES = (".", "..", "unknown", str(UNKNOWN))
+
+
 def _class_name(name: str) -> str:
-    if not name or name != name.strip() or not name.isprintable() or "/" in name or name in (".", "..", str(UNKNOWN)):
+    if not name or name != name.strip() or not name.isprintable() or "/" in name or name in _NO_CLASSES:
         raise ValueError(
-            f"a class name has printable characters, no '/', no blanks at its ends, and is not {UNKNOWN}; got {name!r}"
+            "a class name has printable characters, no '/', no blanks at its ends, and is not "
+            f"{' or '.join(_NO_CLASSES)}; got {name!r}"
         )
     return name
 

@@ -9,7 +9,7 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -31,16 +31,19 @@ APP = "osml"
 
 
 @contextmanager
-def running(config: ServeConfig, *, cpus: int | None = None) -> Iterator[str]:
-    """An endpoint on this machine; gives its address, and stops all of it afterwards.
+def running(
+    config: ServeConfig, *, cpus: int | None = None, told: Callable[[str], None] = lambda step: None
+) -> Iterator[str]:
+    """An endpoint on this machine; gives its address, and stops all of it afterwards. `told` hears what it does.
 
     Raises:
         OsmlError: for a model that is not there, a port that is taken, an address other than loopback without keys.
     """
+    told("looking at model and store")
     with _alone(config.home) as home:
         config = _checked(config.model_copy(update={"home": home}))
         metrics.clear(config.metrics)
-        with _running(config, cpus) as address:
+        with _running(config, cpus, told) as address:
             yield address
 
 
@@ -61,12 +64,13 @@ def _alone(home: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _running(config: ServeConfig, cpus: int | None) -> Iterator[str]:
+def _running(config: ServeConfig, cpus: int | None, told: Callable[[str], None]) -> Iterator[str]:
     room = _room()
     environment = _environment(config, room)
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)  # Ray's processes inherit it, and Serve reads it when it is imported
     try:
+        told("starting Ray")
         import ray
         from ray import serve
 
@@ -84,13 +88,14 @@ def _running(config: ServeConfig, cpus: int | None) -> Iterator[str]:
                 _temp_dir=str(room / "ray"),
                 _node_ip_address="127.0.0.1",
             )
-        _check_fits(config, ray.cluster_resources())
         try:
+            _check_fits(config, ray.cluster_resources())
             serve.start(
                 proxy_location="HeadOnly",
                 http_options={"host": config.host, "port": config.port},
                 logging_config={"enable_access_log": False, "log_level": "WARNING"},
             )
+            told(f"starting {config.replicas} {'replica' if config.replicas == 1 else 'replicas'}")
             _run(serve, build(config))
             yield f"http://{_shown(config.host)}:{config.port}"
         finally:
@@ -121,9 +126,6 @@ def _check_fits(config: ServeConfig, there: dict[str, float]) -> None:
     """Serve would wait for ever."""
     wanted = config.gpus * (config.embedders or config.replicas)
     if wanted > there.get("GPU", 0):
-        import ray
-
-        ray.shutdown()
         raise OsmlError(f"this wants {wanted:g} GPUs, and there are {there.get('GPU', 0):g} here: lower gpus")
 
 

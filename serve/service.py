@@ -39,7 +39,6 @@ POLL = 0.2
 """Seconds between looks at the store: a write is on every replica within one, the time to fit included."""
 SMALL = 100_000
 """Bytes of images below which decoding takes less time than handing it to a thread."""
-
 INLINE = 1_000_000
 """Pixels of a request up to which the same holds."""
 RETRY_S = 60.0
@@ -103,13 +102,19 @@ class Service:
         self._calibrated: tuple | None = None
         self._since = 0
         self._keys_version = -1
+        self.store_is_up = True
+        """Whether the store answered when it was last asked."""
+        self._preparing: str | None = None
+        self._unloadable: str | None = None
         self.keyring = KeyRing((), required=True)
         self._look()
         self._stop = threading.Event()
         self._poller = threading.Thread(target=self._poll, name="follow-store", daemon=True)
         self._poller.start()
+        logger.info("replica %s answers from model %s", name, self.live.snapshot.model)
 
     def close(self) -> None:
+        logger.info("replica %s stops", self.name)
         self._stop.set()
         self._poller.join(timeout=5)
         self._torch.shutdown(wait=False)
@@ -332,9 +337,6 @@ class Service:
                     logger.exception("a change of the store could not be taken in")
                 failed = repr(error)
 
-    store_is_up = True
-    """Whether the store answered when it was last asked."""
-
     def _look(self) -> None:
         state = self.store.state()
         if not self.store_is_up:
@@ -351,17 +353,18 @@ class Service:
             threading.Thread(target=self._prepare, args=(state.pending,), name="prepare", daemon=True).start()
         snapshot = self.live.snapshot
         if (state.gallery_version, state.model) != (snapshot.gallery_version, snapshot.model):
-            snapshot = self.live.catch_up()
+            before, snapshot = snapshot, self.live.catch_up()
+            if snapshot.model != before.model:
+                logger.info("replica %s goes over from model %s to %s", self.name, before.model, snapshot.model)
         self._tell(snapshot)
-
-    _preparing: str | None = None
 
     def _prepare(self, model: str) -> None:
         try:
             self.shelf.load(model)
         except Exception as error:
-            logger.warning("model %s cannot be loaded yet: %s", model, error)
-            self._preparing = None
+            if repr(error) != self._unloadable:  # it is tried again, and said once
+                logger.warning("model %s cannot be loaded yet: %s", model, error)
+            self._unloadable, self._preparing = repr(error), None
 
     def _tell(self, snapshot: Snapshot) -> None:
         metrics.references.set(len(snapshot.recognizer.gallery))
@@ -451,8 +454,6 @@ def input_width(recognizer: OpenSetRecognizer) -> int:
 
 def _vectors(recognizer: OpenSetRecognizer, vectors: Sequence[Sequence[float]]) -> list[Item]:
     rows = torch.tensor(vectors, dtype=torch.float32)
-    if not bool(rows.isfinite().all()):
-        raise OsmlError("an embedding holds a number beyond the range of single precision: leave it out")
     width = input_width(recognizer)
     if rows.shape[1] != width:
         raise OsmlError(f"embeddings are {rows.shape[1]} wide, but this model takes {width} numbers for each item")

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import re
 import shutil
 import time
 from itertools import pairwise
@@ -435,3 +436,29 @@ def test_little_that_becomes_much_does_not_stop_others(config, digits_folder):
         assert max(longest) < 1  # six of them take seconds
         with pytest.raises(ServerError, match=r"pixels in all.*422"):
             client.recognize([wide.getvalue()] * 10)
+
+
+def test_the_page_of_the_routes_needs_no_network(config):
+    with served(config) as (_, client):
+        page = client._http.get("/", follow_redirects=True)
+        assert page.url.path == "/docs"
+        sources = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+        assert any(source.endswith(".js") for source in sources)
+        for source in sources:
+            assert source.startswith("/") and client._http.get(source).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "sent", "says"),
+    [
+        ("POST", "/v1/recognize?neighbors=3", {"json": {"images": []}}, "did you mean 'neighbours'?"),
+        ("GET", "/v1/classes?limit=3", {}, "no query parameters"),
+        ("POST", "/v1/recognize", {"files": [("files", (None, "image.jpg"))]}, "files=@"),
+        ("PATCH", "/v1/classes/0", {"json": {"name": "unknown"}}, "unknown"),
+        ("PUT", "/v1/model/alpha", {"json": {"alpha": 1e-5}}, "at least 99999 calibration items"),
+    ],
+)
+def test_what_would_be_misunderstood_is_refused(config, method, path, sent, says):
+    with served(config) as (_, client):
+        answer = client._http.request(method, path, **sent)
+        assert answer.status_code in (409, 422) and says in answer.json()["detail"]

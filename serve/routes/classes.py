@@ -22,11 +22,12 @@ from .common import (
     answer,
     changed,
     items_of,
+    known_queries,
     writer_with,
 )
 from .recognition import either
 
-router = APIRouter(prefix="/v1/classes", tags=["classes"])
+router = APIRouter(prefix="/v1/classes", tags=["classes"], dependencies=known_queries)
 
 Name = Annotated[str, Path(min_length=1, max_length=200)]
 """Of a class that is there already; one with a '/' in it cannot be named in an address."""

@@ -9,6 +9,8 @@ from fastapi import Depends, Header, HTTPException, Query, Request, Security
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from osml_plugin.errors import unknown_name
+
 from ..body import Schema, read_input
 from ..keys import Refused
 from ..live import Snapshot
@@ -71,6 +73,20 @@ IdempotencyKey = Annotated[
 ]
 Bearer = Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]
 Scope = Literal["recognize", "enroll", "admin"]
+
+
+async def only_known_queries(request: Request) -> None:
+    """422 for a query parameter that the route does not have: a misspelt one would be ignored."""
+    known = [field.alias for field in request.scope["route"].dependant.query_params]
+    for name in request.query_params:
+        if name not in known:
+            if not known:
+                raise HTTPException(422, "this route takes no query parameters")
+            raise HTTPException(422, str(unknown_name("query parameter", name[:50], known)))
+
+
+known_queries = [Depends(only_known_queries)]
+"""For a router: all its routes have it."""
 
 
 def actor_with(scope: Scope):

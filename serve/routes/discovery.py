@@ -9,9 +9,20 @@ from fastapi import APIRouter, Depends, Path
 from ..schemas import Changed, DiscoveryIn, DiscoveryList, DiscoveryOut, GroupInto, JobId, MembersOf, NewName
 from ..service import Service
 from ..store import Job, Write
-from .common import NOT_FOUND, PROBLEMS, WRITE_PROBLEMS, Limit, Served, actor_with, answer, changed, writer_with
+from .common import (
+    NOT_FOUND,
+    PROBLEMS,
+    WRITE_PROBLEMS,
+    Limit,
+    Served,
+    actor_with,
+    answer,
+    changed,
+    known_queries,
+    writer_with,
+)
 
-router = APIRouter(prefix="/v1/discoveries", tags=["discovery"])
+router = APIRouter(prefix="/v1/discoveries", tags=["discovery"], dependencies=known_queries)
 reads = [Depends(actor_with("enroll"))]
 Enroller = Annotated[Write, Depends(writer_with("enroll"))]
 GroupNumber = Annotated[int, Path(ge=0, le=2**31 - 1)]

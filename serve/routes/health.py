@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Response
+from fastapi.responses import RedirectResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from .. import metrics
 from .common import Served, answer
 
 router = APIRouter(tags=["health"])
+
+
+@router.get("/", include_in_schema=False)
+async def root() -> RedirectResponse:
+    """Who opens the address in a browser sees what there is."""
+    return RedirectResponse("/docs")
 
 
 @router.get("/healthz")

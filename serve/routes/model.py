@@ -8,13 +8,14 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, HTTPException
 
 from osml_plugin.errors import OsmlError
+from osml_plugin.thresholds import guarantee
 
 from ..schemas import AlphaIn, Changed, History, ModelChange, ModelOut, ReloadIn
 from ..shelf import Address
 from ..store import Write
-from .common import PROBLEMS, WRITE_PROBLEMS, Served, actor_with, answer, changed, writer_with
+from .common import PROBLEMS, WRITE_PROBLEMS, Served, actor_with, answer, changed, known_queries, writer_with
 
-router = APIRouter(prefix="/v1/model", tags=["model"])
+router = APIRouter(prefix="/v1/model", tags=["model"], dependencies=known_queries)
 reads = [Depends(actor_with("recognize"))]
 Admin = Annotated[Write, Depends(writer_with("admin"))]
 
@@ -90,8 +91,12 @@ def rollback(service: Served, by: Admin):
 @router.put("/alpha", response_model=Changed, responses=WRITE_PROBLEMS)
 def set_alpha(service: Served, wanted: AlphaIn, by: Admin):
     """Choose another share of known items that may be rejected."""
-    if not service.live.snapshot.recognizer.has_scores:
+    recognizer = service.live.snapshot.recognizer
+    if not recognizer.has_scores:
         raise HTTPException(409, "this model has no calibration items to fit another rate on: train it with some")
+    promised = guarantee(len(recognizer.calibration_scores) + len(recognizer.enrolled_scores), wanted.alpha)
+    if not promised.possible:
+        raise HTTPException(409, str(promised))
     return changed(*service.write(service.store.set_alpha, by, wanted.alpha))
 
 

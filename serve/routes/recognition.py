@@ -7,9 +7,9 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Query, Request
 
 from ..schemas import Embedded, Inputs, Recognized
-from .common import BODY_PROBLEMS, Served, actor_with, answer, items_of
+from .common import BODY_PROBLEMS, Served, actor_with, answer, items_of, known_queries
 
-router = APIRouter(prefix="/v1", tags=["recognition"])
+router = APIRouter(prefix="/v1", tags=["recognition"], dependencies=known_queries)
 
 
 def either(schema: type) -> dict:

@@ -8,9 +8,21 @@ from fastapi import APIRouter, Depends, Response
 
 from ..schemas import Changed, ItemId, UnknownList, UnknownOut
 from ..store import Unknown, Write
-from .common import NOT_FOUND, PROBLEMS, WRITE_PROBLEMS, After, Limit, Served, actor_with, answer, changed, writer_with
+from .common import (
+    NOT_FOUND,
+    PROBLEMS,
+    WRITE_PROBLEMS,
+    After,
+    Limit,
+    Served,
+    actor_with,
+    answer,
+    changed,
+    known_queries,
+    writer_with,
+)
 
-router = APIRouter(prefix="/v1", tags=["unknowns"])
+router = APIRouter(prefix="/v1", tags=["unknowns"], dependencies=known_queries)
 reads = [Depends(actor_with("enroll"))]
 
 
