@@ -8,8 +8,8 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP)  ## the whole line on real images: sweep, promote, serve, recognise, group and name over HTTP, test
 	$(BIN)/python examples/demo.py $(ARGS)
 
-test: $(STAMP)  ## all tests
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## all tests, two files of them at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-long: $(STAMP)  ## what takes minutes: ten thousand mutated requests, replicas killed again and again
 	$(BIN)/python -m pytest -m long

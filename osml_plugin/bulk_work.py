@@ -30,13 +30,13 @@ class Question:
 
 def _recognized(recognizer: OpenSetRecognizer, inputs: Any) -> pa.Table:
     found = recognizer.predict(inputs, neighbours=0)
-    n, tau = len(found), found.threshold
+    n = len(found)
     columns = {
         "label": found.names,
         "known": [name is not None for name in found.names],
         "nearest": found.nearest,
         "score": found.scores.astype(np.float64),
-        "threshold": [None if math.isinf(tau) else tau] * n,
+        "threshold": [None if math.isinf(tau) else tau for tau in found.thresholds.tolist()],
         "p_value": [None] * n if found.p_values is None else found.p_values,
     }
     return pa.table(columns, RECOGNIZE.columns)

@@ -54,6 +54,8 @@ class _Part(_Strict):
 
 class _Threshold(_Part):
     tau: float | None
+    taus: dict[_Count, float | None] = {}
+    pooled: list[_Count] = []
 
 
 class _Input(_Strict):
@@ -306,7 +308,7 @@ def _recognizer(
 ) -> OpenSetRecognizer:
     recognizer = OpenSetRecognizer(
         detector=detectors.create(manifest.detector.name, **manifest.detector.params),
-        threshold=thresholds.Threshold.from_state(manifest.threshold.model_dump()),
+        threshold=thresholds.Threshold.from_state(manifest.threshold.model_dump(exclude_unset=True)),
         alpha=manifest.alpha,
         preprocessing=manifest.preprocessing,
     )

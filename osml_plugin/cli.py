@@ -191,7 +191,6 @@ def predict(
     from . import commands
 
     answer, items = commands.predict(model, paths, skip_bad=skip_bad, factories=trust_factory or ())
-    threshold = None if math.isinf(answer.threshold) else answer.threshold
     results = []
     for i in range(len(answer)):
         results.append(
@@ -201,7 +200,7 @@ def predict(
                 "known": answer.names[i] is not None,
                 "nearest": answer.nearest[i],
                 "score": float(answer.scores[i]),
-                "threshold": threshold,
+                "threshold": None if math.isinf(answer.thresholds[i]) else float(answer.thresholds[i]),
                 "p_value": float(answer.p_values[i]) if answer.p_values is not None else None,
                 "neighbours": [n._asdict() for n in answer.neighbours[i]],
             }
@@ -439,8 +438,9 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal without τ shows its number
     logging.basicConfig(format="osml: %(message)s", level=logging.WARNING)
-    for wing in entry_points(group="osml_plugin.commands"):
-        wing_app = wing.load()
+    from .cli_jacobian import app as jacobian_app
+
+    for wing_app in [jacobian_app, *(wing.load() for wing in entry_points(group="osml_plugin.commands"))]:
         app.registered_commands += wing_app.registered_commands
         app.registered_groups += wing_app.registered_groups
     run(app)

@@ -5,7 +5,7 @@ The one that makes the bundle, `train`, is in `pipeline.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import UNKNOWN
+from . import UNKNOWN, detectors
 from .bundle import bundle_lock, load_bundle, save_bundle
+from .checkpoints import Checkpoint, find_checkpoints
 from .data import Items, Split, open_items, readable_items, test_indices, write_embeddings
 from .discovery import Discovery
+from .embedding import default_device, embed_dataset
 from .errors import OsmlError
 from .evaluation import Evaluation, evaluate_embeddings
+from .jacobian_diagnostics import Diagnostics, Network, diagnose
 from .metrics import DiscoveryMetrics, discovery_metrics
 from .recognizer import OpenSetRecognizer, Recognition
 from .tracking import download_bundle, is_model_uri
@@ -46,21 +49,7 @@ def evaluate(
     recognizer = open_recognizer(model, factories)
     if alpha is not None:
         recognizer = copy(recognizer).keep_rate(alpha)  # whoever passed one keeps it as it was
-    items = open_items(data)
-    known = recognizer.class_names
-    stored = Split.from_dict(recognizer.details["split"]) if "split" in recognizer.details else Split(tuple(known))
-    held_out = [c for c in stored.pseudo_unknown if c not in known]
-    if split is not None:
-        split = split if isinstance(split, Split) else Split.load(split)
-        split.check(items.class_names())
-        for name in split.known:
-            recognizer.gallery.id_of(name)
-        named = {*split.known, *split.unknown}
-        held_out += [c for c in items.class_names() if c not in named]
-    seen = np.array(recognizer.details.get("seen", []), dtype=np.uint64)
-    items = items.select(test_indices(items, known, held_out, seen=seen))
-    if len(items) == 0:
-        raise OsmlError(f"'{data}' holds nothing to test on: all of it was used to train, or its classes are held out")
+    items = _test_items(recognizer, open_items(data), data, split)
     items, embeddings = _embedded(recognizer, items, skip_bad, progress)
     return evaluate_embeddings(recognizer, embeddings, items.labels, seed=seed), items
 
@@ -165,6 +154,122 @@ def forget(model: str | Path, name: str, *, factories: Sequence[str] = ()) -> Op
         recognizer.forget(name)
         save_bundle(recognizer, model)
     return recognizer
+
+
+REFERENCES = 100
+"""Items of each class that the detector of a checkpoint is fitted on."""
+
+
+def jacobian(
+    model: str | Path | OpenSetRecognizer,
+    data: str | Path,
+    *,
+    split: str | Path | Split | None = None,
+    n_projections: int | None = None,
+    before_norm: bool = False,
+    max_items: int = 500,
+    seed: int = 0,
+    skip_bad: bool = False,
+    factories: Sequence[str] = (),
+    progress: bool = True,
+) -> Diagnostics:
+    """The Jacobian norm of known and of unknown items over the checkpoints of a bundle's training, or, where there are
+    none, of its final model.
+
+    Looked at are the items that `evaluate` would test, at most `max_items` known and as many unknown ones, drawn by
+    `seed`. The detector is the bundle's; that of a checkpoint is fitted again, on the items of `data` that the bundle
+    has seen.
+
+    Args:
+        n_projections: estimate the norm from so many projections; None = exact.
+        before_norm: of the embedding before it is brought to unit norm.
+        split, skip_bad, factories: as for `evaluate`.
+    """
+    recognizer = open_recognizer(model, factories)
+    if recognizer.model is None:
+        raise OsmlError("the Jacobian norm is of a network, and this bundle has none: it takes embeddings as they are")
+    items = open_items(data)
+    if (items.embeddings is None) != (recognizer.preprocessing is not None):
+        kind = "images" if recognizer.preprocessing is not None else "embeddings"
+        raise OsmlError(f"this bundle's network takes {kind}: give the {kind} that it was trained on, or alike")
+    ids = {name: i for i, name in recognizer.gallery.classes.items()}
+    tested, _ = readable_items(_test_items(recognizer, items, data, split), skip_bad, progress)
+    unknown = np.array([name not in ids for name in tested.labels])
+    draw = np.random.default_rng(seed)
+    kinds = [draw.permutation(np.flatnonzero(of))[:max_items] for of in (~unknown, unknown)]
+    if not len(kinds[0]):
+        raise OsmlError(
+            f"'{data}' holds no item of a known class that the bundle has not seen: nothing to compare with"
+        )
+    tested = tested.select(np.sort(np.concatenate(kinds)))
+    labels = np.array([ids.get(name, UNKNOWN) for name in tested.labels])
+    checkpoints = []
+    if not isinstance(model, OpenSetRecognizer) and not is_model_uri(model):
+        checkpoints = find_checkpoints(model, recognizer.details)
+    if checkpoints:
+        networks = _trained_networks(recognizer, checkpoints, _references(recognizer, items, data, skip_bad))
+    else:
+        networks = [Network(None, recognizer.model, recognizer.detector)]
+    how = {"n_projections": n_projections, "before_norm": before_norm, "seed": seed, "progress": progress}
+    return diagnose(networks, len(checkpoints) or 1, _network_inputs(recognizer, tested), labels, **how)
+
+
+def _references(recognizer: OpenSetRecognizer, items: Items, data: str | Path, skip_bad: bool) -> Items:
+    """Of the items that a bundle has seen, some of each class of its training."""
+    names = [recognizer.gallery.classes[i] for i in recognizer.proxy_ids if i in recognizer.gallery.classes]
+    seen = np.isin(items.fingerprints(), np.array(recognizer.details.get("seen", []), dtype=np.uint64))
+    of_class = {name: seen & (np.array(items.labels) == name) for name in names}
+    if missing := [name for name, of in of_class.items() if not of.any()]:
+        raise OsmlError(
+            f"'{data}' holds nothing of class '{missing[0]}' that the bundle was trained on, and the detector of a "
+            "checkpoint is fitted on such items: give the data of the training"
+        )
+    few = np.concatenate([np.flatnonzero(of)[:REFERENCES] for of in of_class.values()])
+    return readable_items(items.select(np.sort(few)), skip_bad, progress=False)[0]
+
+
+def _trained_networks(
+    recognizer: OpenSetRecognizer, checkpoints: Sequence[Checkpoint], references: Items
+) -> Iterator[Network]:
+    """The network of each checkpoint, with the bundle's detector fitted on what it makes of the references."""
+    ids = {name: i for i, name in recognizer.gallery.classes.items()}
+    labels = np.array([ids[name] for name in references.labels])
+    inputs, device = _network_inputs(recognizer, references), default_device()
+    kept = [row for row, i in enumerate(recognizer.proxy_ids) if i in recognizer.gallery.classes]
+    for checkpoint in checkpoints:
+        model, class_weights = checkpoint.load(recognizer.model)
+        embeddings, _ = embed_dataset(model, inputs, device=device)
+        detector = detectors.create(recognizer.detector.name, **recognizer.detector.params)
+        weights = class_weights[kept] if detector.needs_class_weights else None
+        yield Network(checkpoint.epoch, model, detector.fit(embeddings, labels, weights))
+
+
+def _network_inputs(recognizer: OpenSetRecognizer, items: Items) -> Any:
+    """A dataset of what the network takes."""
+    if items.embeddings is not None:
+        return torch.from_numpy(items.embeddings)
+    return recognizer.preprocessing.dataset(items.paths)
+
+
+def _test_items(
+    recognizer: OpenSetRecognizer, items: Items, data: str | Path, split: str | Path | Split | None
+) -> Items:
+    """Of the items of `data`, those that `evaluate` tests."""
+    known = recognizer.class_names
+    stored = Split.from_dict(recognizer.details["split"]) if "split" in recognizer.details else Split(tuple(known))
+    held_out = [c for c in stored.pseudo_unknown if c not in known]
+    if split is not None:
+        split = split if isinstance(split, Split) else Split.load(split)
+        split.check(items.class_names())
+        for name in split.known:
+            recognizer.gallery.id_of(name)
+        named = {*split.known, *split.unknown}
+        held_out += [c for c in items.class_names() if c not in named]
+    seen = np.array(recognizer.details.get("seen", []), dtype=np.uint64)
+    items = items.select(test_indices(items, known, held_out, seen=seen))
+    if len(items) == 0:
+        raise OsmlError(f"'{data}' holds nothing to test on: all of it was used to train, or its classes are held out")
+    return items
 
 
 def _embedded(

@@ -59,6 +59,10 @@ class TrainingConfig(Section):
     schedule: Literal["cosine", "constant"] = "cosine"
     patience: Annotated[int, Field(ge=1)] | None = None
     """Stop after so many epochs without a better validation OSCR and keep the best; needs pseudo-unknown classes."""
+    rotation: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Weight of a second task that teaches the trunk: by which quarter turn was an image turned? 0 = off."""
+    checkpoints: Annotated[int, Field(ge=1)] | None = None
+    """Keep the network after every so many epochs, in the folder BUNDLE.checkpoints, for `osml jacobian`."""
 
 
 class Config(Section):

@@ -59,8 +59,14 @@ def evaluate_embeddings(
     labels = np.array([ids.get(n, UNKNOWN) for n in names])
     recognition = recognizer.recognize(embeddings)
     nearest = np.array([ids[n] for n in recognition.nearest])
-    metrics = open_set_metrics(recognition.scores, labels, nearest, rejected=recognition.labels == UNKNOWN)
     unknown = labels == UNKNOWN
+    metrics = open_set_metrics(
+        recognition.scores,
+        labels,
+        nearest,
+        rejected=recognition.labels == UNKNOWN,
+        n_unknown_classes=len(set(names) - ids.keys()),
+    )
     groups = discovery = None
     if unknown.any():
         groups = recognizer.group(embeddings[unknown], seed=seed)

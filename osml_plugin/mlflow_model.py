@@ -45,7 +45,7 @@ class Recognizer(mlflow.pyfunc.PythonModel):
                 "known": [name is not None for name in found.names],
                 "nearest": found.nearest,
                 "score": found.scores.astype(np.float64),
-                "threshold": float(found.threshold),
+                "threshold": found.thresholds,
                 "p_value": np.nan if found.p_values is None else found.p_values,
             }
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from functools import cached_property
 
@@ -32,7 +33,7 @@ MAX_GATHERED = 2**25
 class NeighborIndex:
     """An index over references `(R, D)` float32; a cache, never the truth. It is made when it is first searched.
 
-    It never changes; `moved` and `without` answer with another one that shares what was costly to make.
+    It never changes; `extended`, `moved` and `without` answer with another one that shares what was costly to make.
 
     Candidates come from faiss (or a blocked matrix product on a GPU); their distances are computed again
     directly, because ‖x‖² − 2x·y + ‖y‖² loses what matters most, small distances.
@@ -49,6 +50,33 @@ class NeighborIndex:
         self._labels = labels
         self._exact_up_to = EXACT_UP_TO if exact_up_to is None else exact_up_to
         self._n_present = len(references)
+        self._room: Room | None = None
+
+    @staticmethod
+    def of_copy(references: Tensor, labels: Tensor) -> NeighborIndex:
+        """The index over a copy of references, which can be extended without another."""
+        room = Room(references)
+        index = NeighborIndex(room.references, labels)
+        index._room = room
+        return index
+
+    def extended(self, more: Tensor, labels: Tensor) -> NeighborIndex:
+        """The index over these references and more `(M, D)` after them, of all of which `labels` are; what it takes is
+        the time to write the more."""
+        room, n = self._room, len(self.references)
+        references = room.extended(n, more) if room else None
+        if references is None:
+            room = Room(self.references, len(more))
+            references = room.extended(n, more)
+        index = NeighborIndex(references, labels, exact_up_to=self._exact_up_to)
+        index._room = room
+        index.present[:n] = self.present
+        index._n_present = self._n_present + len(more)
+        if self._made and self._parts[0] is not None:
+            cells, row_of, outside = self._parts
+            new = torch.arange(n, len(references))
+            index._share(cells, row_of, torch.cat([outside, new]))
+        return index
 
     def moved(self, references: Tensor, labels: Tensor, rows: Tensor) -> NeighborIndex:
         """The index over other references, most of them the same: row r of this one is `rows[r]` there, −1 if gone."""
@@ -64,6 +92,7 @@ class NeighborIndex:
     def without(self, left_out: Tensor) -> NeighborIndex:
         """The index that never finds some of the references (bool `(R,)`); the others keep their rows."""
         index = NeighborIndex(self.references, self._labels, exact_up_to=self._exact_up_to)
+        index._room = self._room
         index.present = self.present & ~left_out
         index._n_present = int(index.present.sum())
         if self._made and self._parts[0] is not None:
@@ -76,16 +105,23 @@ class NeighborIndex:
     def _made(self) -> bool:
         return "_parts" in self.__dict__
 
-    def _share(self, cells: Cells, row_of: Tensor, outside: Tensor) -> None:
-        """Use cells that were made of nearly the same references."""
-        if len(outside) <= REBUILT_AFTER and 2 * (self._n_present - len(outside)) >= len(row_of):
+    @property
+    def _exact(self) -> bool:
+        return self.references.is_cuda or self._n_present <= self._exact_up_to
+
+    def _share(self, cells: Cells | Flat, row_of: Tensor, outside: Tensor) -> None:
+        """Use cells that were made of nearly the same references; all of them, where they are compared one by one."""
+        same_kind = isinstance(cells, Flat) == self._exact and (not self._exact or bool((row_of >= 0).all()))
+        if same_kind and len(outside) <= REBUILT_AFTER and 2 * (self._n_present - len(outside)) >= len(row_of):
             self.__dict__["_parts"] = cells, row_of, outside
 
     @cached_property
-    def _parts(self) -> tuple[Cells | None, Tensor, Tensor]:
+    def _parts(self) -> tuple[Cells | Flat | None, Tensor, Tensor]:
         """The cells, the row of each reference that they were made of (−1: not searched), and the rows outside them."""
         rows = self.present.nonzero()[:, 0]
-        if self.references.is_cuda or self._labels is None or len(rows) <= self._exact_up_to:
+        if self._exact and not self.references.is_cuda:
+            return Flat(_rows_of(self.references, rows)), rows, rows[:0]
+        if self.references.is_cuda or self._labels is None:
             return None, rows[:0], rows
         return Cells(_rows_of(self.references, rows), self._labels[rows]), rows, rows[:0]
 
@@ -105,6 +141,12 @@ class NeighborIndex:
         return references, index
 
     @cached_property
+    def _all(self) -> tuple[Tensor, Tensor]:
+        """The rows of all references that are searched, and these in double precision."""
+        rows = self.present.nonzero()[:, 0]
+        return rows, _rows_of(self.references, rows).double()
+
+    @cached_property
     def _searched(self) -> tuple[int, faiss.IDSelector | None]:
         """How many references in the cells are searched, and which, where not all are."""
         searched = (self._parts[1] >= 0).numpy()
@@ -116,9 +158,9 @@ class NeighborIndex:
         """The `min(k, R)` nearest references of each query `(N, D)`: distances and rows `(N, k)`, nearest first."""
         cells, row_of, outside = self._parts
         k = min(k, self._n_present)
-        if cells is None and len(outside) <= self._exact_up_to and 32 * k > len(outside) and not queries.is_cuda:
+        if self._exact and 32 * k > self._n_present and not queries.is_cuda:
             distances, found = self._search_all(queries, k)
-            return distances, outside[found]
+            return distances, self._all[0][found]
         candidates = []
         if len(outside):
             candidates.append(outside[self._search_outside(queries, min(k, len(outside)))])
@@ -127,7 +169,8 @@ class NeighborIndex:
             # More than are asked for, because the cells hold their references rounded; and as if more were wanted where
             # some are left out, because they are in the nearest cells too.
             wanted = k * len(row_of) // max(among, 1)
-            candidates.append(row_of[cells.search(queries, wanted, min(2 * k + 8, among), which)])
+            asked = min(k if self._exact else 2 * k + 8, among)
+            candidates.append(row_of[cells.search(queries, wanted, asked, which)])
         candidates = torch.cat(candidates, dim=1) if len(candidates) > 1 else candidates[0]
         rows = max(1, MAX_GATHERED // (max(candidates.shape[1], 1) * queries.shape[1]))
         parts = zip(queries.split(rows), candidates.split(rows), strict=True)
@@ -146,7 +189,7 @@ class NeighborIndex:
     def _search_all(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The same where a good part of all references is wanted: distances to all of them in double precision, which
         loses nothing that single precision shows but where it is almost zero; these few are computed directly."""
-        references = self._outside[0].double()
+        references = self._all[1]
         squares = references.pow(2).sum(1)
         found, indices = [], []
         for q in queries.split(max(1, MAX_GATHERED // (2 * max(1, len(references))))):
@@ -161,6 +204,43 @@ class NeighborIndex:
             found.append(distances)
             indices.append(index.gather(1, order))
         return torch.cat(found), torch.cat(indices)
+
+
+class Room:
+    """Memory for references with some to spare, so that more can be written behind them without a copy of them all.
+
+    Whoever holds the first n goes on seeing just these; only one can extend them, anyone else needs another room.
+    """
+
+    def __init__(self, references: Tensor, more: int = 0):
+        self._used = len(references)
+        size = self._used + more
+        # On the CPU the system hands out no memory for what is not written to.
+        size = size if references.is_cuda else size * 3 // 2 + 64
+        self._memory = references.new_empty(size, references.shape[1])
+        self.references = self._memory[: self._used]
+        self.references.copy_(references)
+        self._lock = threading.Lock()
+
+    def extended(self, n: int, more: Tensor) -> Tensor | None:
+        """The first n references and more `(M, D)` after them; None if the place is taken or too small."""
+        with self._lock:
+            if n != self._used or n + len(more) > len(self._memory):
+                return None
+            self._used += len(more)
+        self._memory[n : self._used].copy_(more)
+        return self._memory[: n + len(more)]
+
+
+class Flat:
+    """References `(R, D)` that are compared one by one."""
+
+    def __init__(self, references: Tensor):
+        self._index = faiss.IndexFlatL2(references.shape[1])
+        self._index.add(references.numpy())
+
+    def search(self, queries: Tensor, wanted: int, k: int, which: None) -> Tensor:
+        return torch.from_numpy(self._index.search(queries.contiguous().numpy(), k)[1])
 
 
 class Cells:

@@ -10,6 +10,7 @@ from typing import Any
 
 from . import detectors, pml, thresholds
 from .bundle import MANIFEST, check_writable, save_bundle
+from .checkpoints import CheckpointWriter
 from .config import Config, load_config
 from .data import Items, Split, TrainingRoles, draw_split, open_items, readable_items, training_roles
 from .errors import OsmlError
@@ -80,17 +81,23 @@ def train(
     check_writable(out)
 
     run = TrainingRun(TrainingData(items, split, roles, survey, config), config, device=device, progress=progress)
-    data, hook = run.data, None
+    data, hook, checkpoints = run.data, None, None
     if run.trainer:
         if has_unknown(data.labels["validation"]):
             hook = run.trainer.end_of_epoch_hook = data.hook(run.model, run.trained, run.device)
+        if config.training.checkpoints is not None:
+            checkpoints = CheckpointWriter(run, out, config.training.checkpoints)
         run.trainer.train(num_epochs=run.n_epochs)
         if hook is not None:
             hook.restore_best(run.trained)
     cached = run.embed()
     candidates = choose(config, data, cached, progress)
     recognizer = assemble(run, cached, candidates, split=split, items=items, data_fingerprint=items.fingerprint())
+    if checkpoints is not None:
+        recognizer.details["checkpoints"] = checkpoints.files
     save_bundle(recognizer, out)
+    if checkpoints is not None:
+        checkpoints.publish()
     return TrainResult(
         recognizer, out, split, data.n_items, candidates, hook.history if hook else [], survey.bad if survey else []
     )
@@ -224,7 +231,9 @@ def threshold_of(config: Config) -> thresholds.Threshold:
 
 def rate_of(name: str, alpha: float) -> dict[str, float]:
     """What `alpha` means to the threshold rule of that name; nothing to most."""
-    return {"conformal": {"alpha": alpha}, "quantile": {"accepted": 1 - alpha}}.get(name, {})
+    if issubclass(thresholds.registry.get(name), thresholds.Conformal):
+        return {"alpha": alpha}
+    return {"quantile": {"accepted": 1 - alpha}}.get(name, {})
 
 
 def check_choices(config: Config, split: Split, n_epochs: int, *, rate_is_said: bool = False) -> None:
@@ -241,8 +250,8 @@ def check_choices(config: Config, split: Split, n_epochs: int, *, rate_is_said: 
             "training.patience watches pseudo-unknown classes, and the split has none: name some, or drop it"
         )
     name = config.detector.name
-    if name != "auto" and detectors.registry.get(name).needs_class_weights:
-        proxies = n_epochs and "num_classes" in pml.arguments("loss", config.loss.name)
+    if name != "auto" and detectors.create(name, **config.detector.args).needs_class_weights:
+        proxies = n_epochs and pml.has_class_weights(config.loss.name, config.loss.args)
         if not proxies or config.model.output == "trunk":
             raise OsmlError(
                 f"detector '{name}' needs class weights, which come from training with a classification loss such as "

@@ -1,4 +1,4 @@
-"""Any part of pytorch-metric-learning by name, with its own keyword arguments."""
+"""Any part of pytorch-metric-learning by name, with its own keyword arguments, and the losses that it lacks."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ from pytorch_metric_learning import distances, losses, miners, reducers, regular
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from . import losses as own_losses
 from .errors import OsmlError, unknown_name
 from .registry import check_arguments, refusing
 
-_MODULES = {
-    "loss": losses,
-    "miner": miners,
-    "sampler": samplers,
-    "distance": distances,
-    "reducer": reducers,
-    "regularizer": regularizers,
+_CLASSES = {
+    kind: {name: cls for module in modules for name, cls in vars(module).items() if inspect.isclass(cls)}
+    for kind, modules in {
+        "loss": (losses, own_losses),
+        "miner": (miners,),
+        "sampler": (samplers,),
+        "distance": (distances,),
+        "reducer": (reducers,),
+        "regularizer": (regularizers,),
+    }.items()
 }
 # An argument that is itself a part, and of which kind.
 _NESTED = {
@@ -38,8 +42,11 @@ _SUPPLIED = {"num_classes", "embedding_size", "labels", "batch_size", "epoch_len
 _SUPPLIED_AS = {"descriptors_dim": "embedding_size", "l": "embedding_size", "length_before_new_iter": "epoch_length"}
 # Set by a part's own base class, not by its user.
 _INTERNAL = {"mat_based_loss", "collect_stats", "weight_init_func"}
+# They have numbers for each class, and no logits that are linear in the embedding.
+_WITHOUT_PROXIES = {"MarginLoss", "ReciprocalPointLoss", "ARPLLoss"}
 _NOT_FOR_LABELS = {
     "BaseLossWrapper": "it is a base class",
+    "ClassificationLoss": "it is a base class",
     "BaseMetricLossFunction": "it is a base class",
     "EmbeddingRegularizerMixin": "it is a mixin",
     "WeightRegularizerMixin": "it is a mixin",
@@ -62,8 +69,7 @@ _NOT_FOR_LABELS = {
 
 def names(kind: str) -> list[str]:
     """The parts of a kind ('loss', 'miner', 'sampler', 'distance', 'reducer', 'regularizer') that can be named."""
-    found = {n for n, c in vars(_MODULES[kind]).items() if inspect.isclass(c)}
-    return sorted(found - set(_NOT_FOR_LABELS))
+    return sorted(_CLASSES[kind].keys() - _NOT_FOR_LABELS.keys())
 
 
 def arguments(kind: str, name: str) -> dict[str, inspect.Parameter]:
@@ -118,11 +124,22 @@ def build(kind: str, name: str, args: Mapping[str, Any], **supplied: Any) -> Any
         return _part_class(kind, name)(**given)
 
 
+def has_class_weights(name: str, args: Mapping[str, Any]) -> bool:
+    """Whether `class_weights` finds proxies in the loss of this name and these arguments."""
+    if name == "PseudoUnknowns":
+        return has_class_weights(*_split("loss", args["loss"]))
+    return "num_classes" in arguments("loss", name) and name not in _WITHOUT_PROXIES
+
+
 def class_weights(loss: nn.Module) -> Tensor | None:
     """The proxies of a classification loss as `(C, P, D)`: `max_p embedding · weight` is a unit embedding's logit.
 
-    None for losses without proxies.
+    None for losses without proxies, and for reciprocal points, whose logits are not linear in the embedding.
     """
+    if isinstance(loss, own_losses.PseudoUnknowns):
+        return class_weights(loss.loss)
+    if type(loss).__name__ in _WITHOUT_PROXIES:
+        return None
     with torch.no_grad():
         if isinstance(loss, losses.SubCenterArcFaceLoss):
             return loss.scale * normalize(loss.W.T).view(loss.num_classes, loss.sub_centers, -1)
@@ -148,7 +165,7 @@ def _part_class(kind: str, name: str) -> type:
         raise OsmlError(f"{kind} '{name}' cannot be used here: {_NOT_FOR_LABELS[name]}; choices: {choices}")
     if name not in names(kind):
         raise unknown_name(kind, name, names(kind))
-    return getattr(_MODULES[kind], name)
+    return _CLASSES[kind][name]
 
 
 def _split(kind: str, part: Any) -> tuple[str, dict[str, Any]]:

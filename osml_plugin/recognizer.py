@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from .embedding import embed_dataset, loading_workers
 from .errors import OsmlError
 from .gallery import Gallery, Neighbor
 from .preprocessing import Preprocessing
-from .thresholds import Guarantee, Threshold
+from .thresholds import Conformal, Guarantee, Threshold
 
 FOLDS = 5
 """Parts into which enrolled examples are cut to score each one by a detector that has not seen it."""
@@ -40,7 +41,9 @@ class Recognition:
     scores: np.ndarray
     """`(N,)` unknown scores: higher = more unknown."""
     threshold: float
-    """Rejected iff `score > threshold`."""
+    """The τ of every class that has none of its own."""
+    thresholds: np.ndarray
+    """`(N,)` the τ of each item, that of its nearest class: rejected iff `scores > thresholds`."""
     p_values: np.ndarray | None
     """`(N,)` how usual such a score is for a known item (conformal p-value); None without calibration data."""
     neighbours: tuple[tuple[Neighbor, ...], ...]
@@ -71,7 +74,7 @@ class OpenSetRecognizer:
     Args:
         detector: a name (`osml detectors` lists them) or a `Detector`.
         threshold: a name or a `Threshold`.
-        alpha: the share of known items that may be rejected, for the threshold 'conformal' given by name.
+        alpha: the share of known items that may be rejected, for 'conformal' and 'class_conformal' given by name.
         model: maps a batch of network inputs to embeddings `(N, D)`; without it the recognizer takes embeddings.
         preprocessing: what turns images into network inputs; with a model that takes images.
     """
@@ -89,6 +92,10 @@ class OpenSetRecognizer:
     """Unknown scores of the calibration items whose classes are in the gallery."""
     enrolled_scores: np.ndarray | None = field(default=None, init=False)
     """Those of the enrolled examples, each from a detector that was fitted without it."""
+    calibration_nearest: np.ndarray | None = field(default=None, init=False)
+    """The nearest class id of each of the one,"""
+    enrolled_nearest: np.ndarray | None = field(default=None, init=False)
+    """and of the other."""
     proxy_ids: list[int] = field(default_factory=list, init=False)
     """The class id of each row of `class_weights`."""
     details: dict[str, Any] = field(default_factory=dict, init=False)
@@ -98,7 +105,7 @@ class OpenSetRecognizer:
         if isinstance(self.detector, str):
             self.detector = detectors.create(self.detector)
         if isinstance(self.threshold, str):
-            args = {"alpha": self.alpha} if self.threshold == "conformal" else {}
+            args = {"alpha": self.alpha} if "alpha" in thresholds.registry.parameters(self.threshold) else {}
             self.threshold = thresholds.create(self.threshold, **args)
         self.alpha = getattr(self.threshold, "alpha", self.alpha)
 
@@ -157,23 +164,41 @@ class OpenSetRecognizer:
     def enroll(self, name: str, examples: Sequence | ArrayLike) -> OpenSetRecognizer:
         """Learn a class, or more of one, from images or embeddings `(M, D)`; no training.
 
-        The threshold is fitted again with the new class's examples: the classes of the training keep their rate, and
-        the new one as well as its examples show how far it reaches.
+        The threshold is fitted again. A conformal one gives the new class a τ of its own, by its examples: the classes
+        of the training keep their rate, and the new one as well as its examples show how far it reaches.
         """
         embeddings = self.embed(examples)
         if len(embeddings) == 0:
             raise OsmlError(f"no examples to enrol '{name}' from: give at least one image")
-        self._change(self._fitted_gallery().add(name, embeddings))
+        return self.learn({name: embeddings})
+
+    def learn(self, examples: Mapping[str, Tensor]) -> OpenSetRecognizer:
+        """Enrol embeddings `(M, D)` of several classes at once, as `embed` gives them.
+
+        With a detector that is `incremental` this costs what the new examples cost.
+        """
+        before = self._fitted_gallery()
+        after = before.add_all(examples)
+        new = slice(len(before), None)
+
+        def grown() -> Detector:
+            weights = self._weights_of(after) if self.detector.needs_class_weights else None
+            return copy(self.detector).partial_fit(after.embeddings[new], after.labels[new], weights)
+
+        self._change(after, grown)
         return self
 
     def forget(self, name: str) -> OpenSetRecognizer:
         """Drop a class and all its references; what belongs to it is unknown from now on."""
-        self._change(self._fitted_gallery().remove(name))
+        before = self._fitted_gallery()
+        gone = before.labels == before.id_of(name)
+        self._change(before.remove(name), lambda: self.detector.without(before.embeddings[gone], before.labels[gone]))
         return self
 
     def keep_rate(self, alpha: float) -> OpenSetRecognizer:
         """Fit a conformal threshold at another share of known items that may be rejected."""
-        self.threshold, self.alpha = thresholds.create("conformal", alpha=alpha), alpha
+        name = self.threshold.name if isinstance(self.threshold, Conformal) else "conformal"
+        self.threshold, self.alpha = thresholds.create(name, alpha=alpha), alpha
         self.refit()
         return self
 
@@ -184,20 +209,20 @@ class OpenSetRecognizer:
 
     def refit(self) -> None:
         """Fit detector and threshold on the gallery and the held-out items that are here now."""
-        gallery = self._fitted_gallery()
-        self.detector = self._fitted_detector(gallery)
-        self.calibration_scores, self.enrolled_scores = self._scores_of_known()
-        threshold = self.threshold
+        self.detector = self._fitted_detector(self._fitted_gallery())
+        self._refit_threshold()
+
+    def _refit_threshold(self) -> None:
+        gallery, threshold = self.gallery, self.threshold
+        self._score_known()
         if threshold.needs_unknown:
             self._fit_on_validation()
         elif len(self.calibration_scores):
-            # Whatever is enrolled, the classes of the training keep their rate: new ones can only raise τ.
-            tau = threshold.fit(self.calibration_scores).tau
-            if len(self.enrolled_scores):
-                both = np.concatenate([self.calibration_scores, self.enrolled_scores])
-                threshold.tau = max(tau, threshold.fit(both).tau)
-        elif len(self.enrolled_scores):
-            threshold.fit(self.enrolled_scores)  # all classes of the training are forgotten
+            threshold.fit(self.calibration_scores, self.calibration_nearest)
+            if isinstance(threshold, Conformal) and gallery.enrolled.any():
+                threshold.fit_enrolled(self.enrolled_scores, self.enrolled_nearest, self._enrolled_ids())
+        elif len(self.enrolled_scores):  # all classes of the training are forgotten
+            threshold.fit(self.enrolled_scores, self.enrolled_nearest)
         if threshold.tau is None:
             missing = "validation items, known and pseudo-unknown" if threshold.needs_unknown else "calibration items"
             raise OsmlError(f"nothing to fit the threshold '{threshold.name}' on: it needs {missing}")
@@ -209,7 +234,8 @@ class OpenSetRecognizer:
             return
         is_unknown = ~np.isin(self.validation.names, self.class_names)
         if self.threshold.tau is None or (is_unknown.any() and not is_unknown.all()):
-            self.threshold.fit(self.detector.score(self.validation.embeddings), is_unknown=is_unknown)
+            nearest, scores = self.detector.predict(self.validation.embeddings)
+            self.threshold.fit(scores, nearest, is_unknown=is_unknown)
 
     # Answering --------------------------------------------------------------------------------------------
 
@@ -222,15 +248,18 @@ class OpenSetRecognizer:
         """The share of known items that the threshold may reject; None where it follows another rule."""
         if isinstance(self.threshold, thresholds.Quantile):
             return 1 - self.threshold.accepted
+        if isinstance(self.threshold, thresholds.TargetRate):
+            return self.threshold.known_rejected
         return getattr(self.threshold, "alpha", None)
 
     @property
     def guarantee(self) -> Guarantee | None:
         """What can be promised of the share of known items rejected, for the classes that have calibration items
-        (not for enrolled ones); None for thresholds that promise nothing."""
-        if not isinstance(self.threshold, thresholds.Conformal) or not len(self.calibration_scores):
+        (of enrolled ones it says less); None for thresholds that promise nothing."""
+        if not isinstance(self.threshold, Conformal) or not len(self.calibration_scores):
             return None
-        return thresholds.guarantee(len(self.calibration_scores), self.threshold.alpha)
+        pooled = tuple(self.gallery.classes[c] for c in self.threshold.pooled)
+        return replace(self.threshold.guarantee(), pooled=pooled)
 
     def embed(self, items: Sequence | ArrayLike, progress: str | None = None) -> Tensor:
         """Embeddings `(N, D)` of images (files, PIL images, uint8 arrays or tensors); embeddings pass through."""
@@ -262,7 +291,8 @@ class OpenSetRecognizer:
         """The same for embeddings that `embed` gave."""
         gallery = self._fitted_gallery()
         labels, scores = self.detector.predict(embeddings)
-        rejected = self.threshold.decide(scores)
+        taus = self.threshold.tau_of(labels)
+        rejected = self.threshold.decide(scores, labels)
         nearest = tuple(gallery.classes[i] for i in labels.tolist())
         return Recognition(
             labels=np.where(rejected, UNKNOWN, labels.numpy()),
@@ -270,7 +300,8 @@ class OpenSetRecognizer:
             nearest=nearest,
             scores=scores.numpy(),
             threshold=self.threshold.tau,
-            p_values=self._p_values(scores),
+            thresholds=taus,
+            p_values=self._p_values(scores, labels),
             neighbours=tuple(tuple(row) for row in gallery.neighbors(embeddings, neighbours)) if neighbours else (),
         )
 
@@ -346,16 +377,23 @@ class OpenSetRecognizer:
             raise OsmlError(f"{len(names)} labels for {len(embeddings)} embeddings: expected one for each")
         return LabelledEmbeddings(embeddings, names)
 
-    def _change(self, gallery: Gallery) -> None:
-        """Take another gallery; if anything refuses it, all stays as it was."""
+    def _change(self, gallery: Gallery, changed: Callable[[], Detector]) -> None:
+        """Take another gallery, and the detector that was `changed` for it, where that can be done; if anything refuses
+        it, all stays as it was."""
         before = self.gallery
         self.gallery = gallery
         try:
-            self.refit()
+            self.detector = changed() if self._incremental else self._fitted_detector(gallery)
+            self._refit_threshold()
         except Exception:
             self.gallery = before
             self.refit()
             raise
+
+    @property
+    def _incremental(self) -> bool:
+        """Whether the detector changes along with the gallery; one that searches it takes the gallery's own index."""
+        return self.detector.incremental and not self.detector.searches_references
 
     def _fitted_detector(self, gallery: Gallery) -> Detector:
         detector = detectors.create(self.detector.name, **self.detector.params)
@@ -377,28 +415,37 @@ class OpenSetRecognizer:
             rows.append(trained[label])
         return torch.stack(rows)
 
-    def _scores_of_known(self) -> tuple[np.ndarray, np.ndarray]:
-        """Scores of known items that the detector has not seen: of the calibration role, and of the enrolled examples,
-        each scored by a detector that was fitted without it (of a class with one example there is none)."""
+    def _enrolled_ids(self) -> list[int]:
+        """Ids of the classes that calibration items have nothing of."""
+        gallery, calibrated = self.gallery, set(self.calibration.names)
+        ids = gallery.labels[gallery.enrolled].unique().tolist()
+        return [i for i in ids if gallery.classes[i] not in calibrated]
+
+    def _score_known(self) -> None:
+        """Score known items that the detector has not seen: those of the calibration role, and the enrolled examples,
+        each by a detector that was fitted without it (of a class with one example there is none)."""
         gallery = self.gallery
         kept = torch.from_numpy(np.isin(self.calibration.names, self.class_names))
-        calibration = self.detector.score(self.calibration.embeddings[kept])
-        fold, enrolled = gallery.folds(FOLDS), [calibration[:0]]
+        found = self.detector.predict(self.calibration.embeddings[kept])
+        self.calibration_nearest, self.calibration_scores = (t.numpy() for t in found)
+        fold, enrolled = gallery.folds(FOLDS), [tuple(t[:0] for t in found)]
         for f in range(int(fold.max()) + 1):
             out = fold == f
-            rest = replace(gallery, labels=gallery.labels.where(~out, UNKNOWN), index=gallery.index.without(out))
-            enrolled.append(self._fitted_detector(rest).score(gallery.embeddings[out]))
-        return calibration.numpy(), torch.cat(enrolled).numpy()
+            if self._incremental and not self.detector.needs_class_weights:
+                detector = self.detector.without(gallery.embeddings[out], gallery.labels[out])
+            else:  # imprinted proxies, too, are to be made without what is scored
+                rest = gallery.labels.where(~out, UNKNOWN)
+                detector = self._fitted_detector(replace(gallery, labels=rest, index=gallery.index.without(out)))
+            enrolled.append(detector.predict(gallery.embeddings[out]))
+        self.enrolled_nearest, self.enrolled_scores = (torch.cat(t).numpy() for t in zip(*enrolled, strict=True))
 
-    def _p_values(self, scores: Tensor) -> np.ndarray | None:
+    def _p_values(self, scores: Tensor, nearest: Tensor) -> np.ndarray | None:
         """Conformal p-values, such that p ≤ α and rejected by a conformal threshold are the same thing."""
         if not len(self.calibration_scores):
             return None
-        p = thresholds.p_values(scores, self.calibration_scores)
-        if len(self.enrolled_scores):
-            both = np.concatenate([self.calibration_scores, self.enrolled_scores])
-            p = np.maximum(p, thresholds.p_values(scores, both))
-        return p
+        if isinstance(self.threshold, Conformal):
+            return self.threshold.p_values(scores, nearest)
+        return thresholds.p_values(scores, self.calibration_scores)
 
 
 def _class_ids(labels: Sequence | ArrayLike) -> dict[str, int]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from pytorch_metric_learning.trainers import MetricLossOnly
-from torch import nn
+from torch import distributed, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -18,6 +18,7 @@ from . import optimizers, pml, trunks
 from .config import Config
 from .embedding import EmbeddingModel, autocast, default_device
 from .errors import OsmlError
+from .losses.rotation import RotationTask
 from .registry import checked_count, refusing
 
 
@@ -158,13 +159,19 @@ def make_trainer(
             batch_size=batch_size,
             epoch_length=max(len(dataset), batch_size),
         )
+    tasks, weights = {"metric_loss": loss}, {"metric_loss": 1.0}
+    if config.training.rotation:
+        tasks["rotation_loss"] = rotation_task(model, dataset[0][0], config)
+        weights["rotation_loss"] = config.training.rotation
     model.to(device)
-    loss.to(device)
+    for task in tasks.values():
+        task.to(device)
     chosen = {}
     for part, module, optimizer in [
         ("trunk", model.trunk, config.optimizer),
         ("embedder", model.embedder, config.optimizer),
         ("metric_loss", loss, config.loss_optimizer or config.optimizer),
+        *((name, task, config.optimizer) for name, task in tasks.items() if task is not loss),
     ]:
         if parameters := [p for p in module.parameters() if p.requires_grad]:
             chosen[f"{part}_optimizer"] = optimizers.build(optimizer.name, optimizer.args, parameters)
@@ -177,7 +184,8 @@ def make_trainer(
         models={"trunk": model.trunk, "embedder": model.embedder},
         optimizers=chosen,
         batch_size=batch_size,
-        loss_funcs={"metric_loss": loss},
+        loss_funcs=tasks,
+        loss_weights=weights,
         mining_funcs=miners,
         dataset=dataset,
         sampler=sampler,
@@ -189,6 +197,16 @@ def make_trainer(
     trainer.seed = config.seed
     trainer.prepare(n_epochs)
     return trainer
+
+
+def rotation_task(model: EmbeddingModel, example: torch.Tensor, config: Config) -> RotationTask:
+    """The task that `training.rotation` asks for, for a dataset of such examples."""
+    if config.model.frozen or example.ndim != 3 or example.shape[1] != example.shape[2]:
+        found = "the trunk is frozen" if config.model.frozen else f"these inputs have the shape {tuple(example.shape)}"
+        raise OsmlError(f"training.rotation teaches the trunk by turning square images, and {found}: set it to 0")
+    if distributed.is_available() and distributed.is_initialized():
+        raise OsmlError("training.rotation is for one process: set it to 0, or train with one worker")
+    return RotationTask(feature_width(model.trunk, example[None]))
 
 
 _MEMORY = ("queue_idx", "has_been_filled", "hist_")
@@ -211,6 +229,7 @@ class Trainer(MetricLossOnly):
     def modify_schema(self) -> None:
         # A frozen or empty part has no optimizer, and that is no reason to warn.
         self.schema["optimizers"].important = []
+        self.schema["loss_funcs"].keys = list(self.loss_funcs)
 
     def prepare(self, n_epochs: int) -> None:
         """Make ready for so many epochs in all."""
@@ -328,6 +347,19 @@ class Trainer(MetricLossOnly):
 
     def compute_embeddings(self, data: torch.Tensor) -> torch.Tensor:
         with autocast(self.data_device):
-            embeddings = super().compute_embeddings(data.to(self.data_device, non_blocking=True))
+            data = data.to(self.data_device, non_blocking=True)
+            if "rotation_loss" in self.loss_funcs:
+                embeddings = self._compute_rotation(data)
+            else:
+                embeddings = super().compute_embeddings(data)
         # PML's losses cast their proxies to the embeddings' type, and bf16 would round these away.
         return embeddings.float()
+
+    def _compute_rotation(self, data: torch.Tensor) -> torch.Tensor:
+        """The batch's embeddings; sets the loss of the second task."""
+        task = self.loss_funcs["rotation_loss"]
+        turned, quarters = task.turned(data)
+        # In one pass: what batch normalisation remembers is then what it has normalised by.
+        features = self.get_trunk_output(torch.cat([data, turned]))
+        self.losses["rotation_loss"] = task(features[len(data) :], quarters)
+        return self.get_final_embeddings(features[: len(data)])

@@ -69,8 +69,8 @@ class TrainingRun:
         """By output of the model that may be chosen: the embeddings of each data role, and the class weights that go
         with them."""
         outputs = OUTPUTS if self.config.model.output == "auto" else (self.config.model.output,)
-        name = self.config.detector.name
-        if name != "auto" and detectors.registry.get(name).needs_class_weights:
+        name, args = self.config.detector.name, self.config.detector.args
+        if name != "auto" and detectors.create(name, **args).needs_class_weights:
             outputs = ("embedder",)  # where the proxies are
         if isinstance(self.model.embedder, torch.nn.Identity):
             outputs = ("embedder",)  # the same as the trunk's

@@ -98,19 +98,20 @@ class Live:
         as_before = changes.trained == before.trained and changes.state.alpha == before.alpha
         if not (as_before and len(added) == len(changes.items) and _are_last(added, self._examples)):
             return self._assembled(self._shelf.load(before.model), examples, changes)
-        gallery = before.recognizer.gallery.add_all(_by_class(added))
-        snapshot = _snapshot(before.recognizer, gallery, before.model, changes)
+        recognizer = _apart(before.recognizer).learn(_by_class(added))
+        snapshot = _snapshot(recognizer, before.model, changes)
         self._examples = examples
         return snapshot
 
     def _assembled(self, base: OpenSetRecognizer, examples: Examples, changes: Changes) -> Snapshot:
-        recognizer = copy(base)
+        recognizer = _apart(base)
         recognizer.calibration = _renamed(base.calibration, changes.trained)
         recognizer.validation = _renamed(base.validation, changes.trained)
-        gallery, merged = assembled(base.gallery, changes.trained, _by_class(examples))
+        recognizer.gallery, merged = assembled(base.gallery, changes.trained, _by_class(examples))
         if base.class_weights is not None:
             recognizer.class_weights, recognizer.proxy_ids = joined(base.class_weights, base.proxy_ids, merged)
-        snapshot = _snapshot(recognizer, gallery, changes.state.model, changes)
+        recognizer.refit()
+        snapshot = _snapshot(recognizer, changes.state.model, changes)
         self._examples = examples
         return snapshot
 
@@ -149,17 +150,19 @@ def joined(weights: Tensor, proxy_ids: Sequence[int], merged: Mapping[int, list[
     return (torch.stack(filled), ids) if filled else (weights[:1], [UNKNOWN])
 
 
-def _snapshot(recognizer: OpenSetRecognizer, gallery: Gallery, model: str, changes: Changes) -> Snapshot:
-    """Fitted again; the recognizer that is given answers others meanwhile and stays as it is."""
-    state = changes.state
-    gallery = replace(gallery, version=state.gallery_version)
+def _apart(recognizer: OpenSetRecognizer) -> OpenSetRecognizer:
+    """Another one, to be changed: the one that is given answers others meanwhile."""
     other = copy(recognizer)
     other.threshold = deepcopy(recognizer.threshold)
-    other.gallery = gallery
-    other.refit()
-    if state.alpha is not None and state.alpha != other.kept_rate and other.has_scores:
-        other.keep_rate(state.alpha)
-    return Snapshot(other, model, state.gallery_version, state.alpha, changes.trained)
+    return other
+
+
+def _snapshot(recognizer: OpenSetRecognizer, model: str, changes: Changes) -> Snapshot:
+    state = changes.state
+    recognizer.gallery = replace(recognizer.gallery, version=state.gallery_version)
+    if state.alpha is not None and state.alpha != recognizer.kept_rate and recognizer.has_scores:
+        recognizer.keep_rate(state.alpha)
+    return Snapshot(recognizer, model, state.gallery_version, state.alpha, changes.trained)
 
 
 def _taken(examples: Examples, changes: Changes) -> Examples:

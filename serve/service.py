@@ -415,14 +415,13 @@ def change_model(
 
 def results(found: Recognition) -> list[dict[str, Any]]:
     """A recognition as plain JSON, an object for each item."""
-    threshold = found.threshold if math.isfinite(found.threshold) else None
     return [
         {
             "label": found.names[i],
             "known": found.names[i] is not None,
             "nearest": found.nearest[i],
             "score": float(found.scores[i]),
-            "threshold": threshold,
+            "threshold": float(found.thresholds[i]) if math.isfinite(found.thresholds[i]) else None,
             "p_value": None if found.p_values is None else float(found.p_values[i]),
             "neighbours": [n._asdict() for n in found.neighbours[i]] if found.neighbours else [],
             "observation_id": None,

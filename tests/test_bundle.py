@@ -30,8 +30,16 @@ def queries():
 def same(a, b, queries):
     mine, theirs = a.predict(queries), b.predict(queries)
     assert mine.names == theirs.names and mine.threshold == theirs.threshold
-    for field in ("labels", "scores", "p_values"):
+    for field in ("labels", "scores", "thresholds", "p_values"):
         assert np.array_equal(getattr(mine, field), getattr(theirs, field))
+
+
+def test_a_bundle_without_thresholds_by_class_is_read(recognizer, queries, tmp_path):
+    """As they were written before a class could have a τ of its own."""
+    recognizer.save(tmp_path / "bundle")
+    state = bundle.read_manifest(tmp_path / "bundle").threshold.model_dump(exclude_unset=True)
+    assert state == {"name": "conformal", "params": {"alpha": 0.05}, "tau": recognizer.threshold.tau}
+    same(recognizer, OpenSetRecognizer.load(tmp_path / "bundle"), queries)
 
 
 @pytest.mark.parametrize("detector", detectors.names())
@@ -147,6 +155,9 @@ DELETE = object()
         ("detector.name", "x"),
         ("detector.params", {"x": 1}),
         ("threshold.tau", "x"),
+        ("threshold.taus", {"0": "x"}),
+        ("threshold.taus", {"x": 0.5}),
+        ("threshold.pooled", ["x"]),
         ("threshold.params.alpha", -1),
         ("preprocessing", {"size": -1, "channels": 1, "mean": [0], "std": [1]}),
         ("preprocessing", {"size": 8, "channels": 3, "mean": [0], "std": [1]}),

@@ -22,6 +22,7 @@ RULES = [
     ("conformal", {"alpha": 0.01}),
     ("quantile", {}),
     ("target_rate", {}),
+    ("class_conformal", {"alpha": 0.1}),
 ]
 
 
@@ -71,7 +72,7 @@ def one_by_one(folds, tried, rules, objective):
                 if detector.needs_class_weights and cached.class_weights is None:
                     continue
                 detector.fit(cached.embeddings["train"], f.labels["train"], cached.class_weights)
-                calibration = detector.score(cached.embeddings["calibration"]).numpy()
+                nearest, calibration = (v.numpy() for v in detector.predict(cached.embeddings["calibration"]))
                 classes, scores = (v.numpy() for v in detector.predict(cached.embeddings["validation"][some]))
                 figures = open_set_metrics(scores, labels, classes)
                 curve, at_rules = [], []
@@ -83,7 +84,9 @@ def one_by_one(folds, tried, rules, objective):
                     if thresholds.registry.get(rule[0]).needs_unknown:
                         rejected = crosswise(rule, scores, labels)
                     else:
-                        rejected = thresholds.create(rule[0], **rule[1]).fit(calibration).decide(scores)
+                        rejected = (
+                            thresholds.create(rule[0], **rule[1]).fit(calibration, nearest).decide(scores, classes)
+                        )
                     m = open_set_metrics(scores, labels, classes, rejected=rejected)
                     at_rules.append([getattr(m, figure) for figure in DECIDED])
                 means[output, name, str(params)].append(([getattr(figures, x) for x in FREE], at_rules, curve))

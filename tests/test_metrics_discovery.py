@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from sklearn.metrics.cluster import pair_confusion_matrix
 
 from osml_plugin.errors import OsmlError
 from osml_plugin.metrics import discovery, discovery_metrics
@@ -76,6 +77,65 @@ def naive_ari(true, found):
     return 1.0 if highest == expected else (len(in_class & in_group) - expected) / (highest - expected)
 
 
+def naive_pairs(true, found):
+    groups, n = alone(found), len(true)
+    pairs = [(i, j) for i in range(n) for j in range(i)]
+    in_class, in_group = ({p for p in pairs if v[p[0]] == v[p[1]]} for v in (true, groups))
+    both, all_ = len(in_class & in_group), len(in_class) + len(in_group)
+    return (
+        both / len(in_group) if in_group else 1,
+        both / len(in_class) if in_class else 1,
+        2 * both / all_ if all_ else 1,
+    )
+
+
+@FEW
+@given(groupings())
+def test_the_pair_measures_are_their_slow_twins(grouping):
+    metrics = discovery_metrics(*grouping)
+    assert (metrics.pair_precision, metrics.pair_recall, metrics.pair_f1) == naive_pairs(*grouping)
+    n_true, n_found = len(set(grouping[0])), len(set(grouping[1]) - {-1})
+    assert metrics.n_classes_error == abs(n_true - n_found) / n_true
+
+
+@FEW
+@given(groupings(left_out=False))
+def test_the_pair_measures_are_those_of_scikit_learns_pair_counts(grouping):
+    (_, wrong), (torn, right) = pair_confusion_matrix(*grouping)
+    metrics = discovery_metrics(*grouping)
+    if right + wrong:
+        assert metrics.pair_precision == pytest.approx(right / (right + wrong))
+    if right + torn:
+        assert metrics.pair_recall == pytest.approx(right / (right + torn))
+
+
+@FEW
+@given(groupings(), st.sets(st.sampled_from(NAMES)))
+def test_old_and_new_accuracy_are_parts_of_the_one_accuracy(grouping, old_names):
+    true, found = grouping
+    is_old = np.array([name in old_names for name in true])
+    metrics = discovery_metrics(true, found, is_old)
+    parts = [
+        (metrics.accuracy_old or 0.0) * is_old.sum(),
+        (metrics.accuracy_new or 0.0) * (~is_old).sum(),
+    ]
+    assert sum(parts) == pytest.approx(metrics.accuracy * len(true))
+    assert (metrics.accuracy_old is None) == (not is_old.any())
+    assert (metrics.accuracy_new is None) == is_old.all()
+    # The pairing of v1, each part by itself, is never worse: that is why its figures flatter.
+    for part, figure in ((is_old, metrics.accuracy_old), (~is_old, metrics.accuracy_new)):
+        if part.any():
+            chosen = np.flatnonzero(part)
+            by_itself = naive_accuracy([true[i] for i in chosen], [found[i] for i in chosen])
+            assert figure <= by_itself + 1e-12
+
+
+def test_one_pairing_for_old_and_new_where_pairing_each_by_itself_would_flatter():
+    true, found = ["old"] * 3 + ["new"] * 2, [0] * 5
+    metrics = discovery_metrics(true, found, [True] * 3 + [False] * 2)
+    assert (metrics.accuracy, metrics.accuracy_old, metrics.accuracy_new) == (0.6, 1.0, 0.0)
+
+
 @FEW
 @given(groupings())
 def test_every_metric_is_its_slow_twin(grouping):
@@ -116,7 +176,8 @@ def test_names_and_order_change_nothing(grouping, names, groups, random):
 def test_every_item_twice_changes_neither_accuracy_nor_bcubed_nor_nmi(grouping):
     true, found = grouping
     once, twice = discovery_metrics(true, found).to_dict(), discovery_metrics(true * 2, found * 2).to_dict()
-    del once["ari"], twice["ari"]  # counts pairs, and so depends on the number of items
+    for name in ("ari", "pair_precision", "pair_recall", "pair_f1"):
+        del once[name], twice[name]  # these count pairs, and so depend on the number of items
     assert twice == pytest.approx(once, abs=1e-9)
 
 
@@ -138,7 +199,8 @@ def test_the_dictionary_is_plain_json(grouping):
 
 def test_the_true_grouping_is_perfect_under_any_names():
     metrics = discovery_metrics(["a", "b", "b", "c"], [9, 4, 4, 0])
-    assert set(metrics.to_dict().values()) == {1.0, 3}
+    assert metrics.n_classes_error == 0
+    assert set(metrics.to_dict().values()) == {1.0, 3, 0.0, None}  # no one said which classes are old
 
 
 def test_more_groups_than_classes_can_match_one_each_only():
@@ -188,6 +250,15 @@ def test_bad_input_is_refused_in_one_line(true, found, message):
     with pytest.raises(OsmlError, match=message) as raised:
         discovery_metrics(true, found)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("is_old", "message"),
+    [([True], "lengths differ: labels_true 2, is_old 1"), ([0, 1], "is_old must be bool, not int64")],
+)
+def test_a_bad_is_old_is_refused(is_old, message):
+    with pytest.raises(OsmlError, match=message):
+        discovery_metrics([0, 1], [0, 1], is_old)
 
 
 def test_the_example_in_the_docstring():

@@ -47,7 +47,7 @@ def is_almost_brute(index, queries, references, k, least=0.99):
 
 
 def uses_cells(index: NeighborIndex) -> Cells | None:
-    return index._parts[0]
+    return index._parts[0] if isinstance(index._parts[0], Cells) else None
 
 
 @pytest.mark.parametrize("k", [1, 10, 300])
@@ -201,3 +201,43 @@ def test_a_large_recognizer_learns_and_forgets_as_a_small_one(made, monkeypatch)
     assert large.threshold.tau == pytest.approx(small.threshold.tau, rel=0.02)
     mine, other = large.recognize(-queries[:23] + 0.001), small.recognize(-queries[:23] + 0.001)
     assert mine.names == other.names and mine.neighbours[0][0].name == "new"
+
+
+@pytest.mark.parametrize("exact_up_to", [500, 5000])
+@pytest.mark.parametrize("k", [1, 10, 300])
+def test_extended_references_are_found_and_shared(made, exact_up_to, k):
+    references, labels, queries = made
+    index = NeighborIndex.of_copy(references[:-60], labels[:-60])
+    index._exact_up_to = exact_up_to
+    index.search(queries, 1)
+    before = index.search(queries, k)
+    first = index.extended(references[-60:-30], labels[:-30])
+    second = first.extended(references[-30:], labels)
+    other = index.extended(-references[:30], labels[:-30])  # where the first one has written
+    assert second.references.data_ptr() == index.references.data_ptr() != other.references.data_ptr()
+    assert second._parts[0] is other._parts[0] is index._parts[0]
+    for grown, expected in ((second, references), (other, torch.cat([references[:-60], -references[:30]]))):
+        assert torch.equal(grown.references, expected)
+        is_almost_brute(grown, queries, expected, k, least=0.99 if exact_up_to < len(references) else 1)
+    assert all(map(torch.equal, index.search(queries, k), before))
+
+
+def test_what_is_left_out_stays_so_in_an_extended_index(made):
+    references, labels, queries = made
+    index = NeighborIndex.of_copy(references[:400], labels[:400])
+    index.search(queries, 1)
+    out = torch.arange(430) % 3 == 0
+    out[400:] = False
+    less = index.without(out[:400]).extended(references[400:430], labels[:430])
+    is_almost_brute(less, queries, references[:430][~out], 10, least=1)
+    assert not out[less.search(queries, 10)[1]].any()
+
+
+def test_an_index_that_grows_past_the_exact_size_gets_cells(made):
+    references, labels, queries = made
+    index = NeighborIndex.of_copy(references[:450], labels[:450])
+    index.search(queries, 1)
+    assert not uses_cells(index)
+    grown = index.extended(references[450:], labels)
+    assert uses_cells(grown)
+    is_almost_brute(grown, queries, references, 10)

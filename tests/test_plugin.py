@@ -20,9 +20,10 @@ from torch.utils.data import TensorDataset
 
 from osml_plugin import UNKNOWN, OpenSetAccuracyCalculator, OpenSetHook, OpenSetInferenceModel, OsmlError, detectors
 from osml_plugin.metrics import open_set_metrics
+from osml_plugin.metrics.functional import RANK_METRICS
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-OPEN_SET = {"auroc", "aupr_unknown", "aupr_known", "fpr95", "oscr", "closed_set_accuracy"}
+OPEN_SET = set(RANK_METRICS)
 
 
 @pytest.fixture(scope="module")

@@ -114,7 +114,8 @@ def test_it_holds_every_figure_by_name_and_value_and_fetches_nothing(digits, dig
     for name, value in (figures | {"threshold": evaluation.threshold, "alpha": 0.05}).items():
         at = page.texts.index(name)
         following = [text for text in page.texts[at + 1 :] if text]
-        assert following[0] == (f"{value:.4f}" if isinstance(value, float) else str(value))
+        shown = "–" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+        assert following[0] == shown
         assert len(following[1]) > 20, "a sentence in plain words"
     assert "Share of known items called unknown; asked for: 0.05. Lower is better." in page.texts
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -13,9 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from osml_plugin import OsmlError, thresholds
+from osml_plugin.thresholds import select_unknown
 
 PARAMS = {"fixed": {"tau": 0.5}}
 ALL = thresholds.names()
+NEAREST = np.arange(300) % 3 * 7
+"""Of each item of `scores`, its nearest class."""
 
 
 @pytest.fixture(scope="module")
@@ -33,36 +37,46 @@ class TestContract:
 
     def test_unknown_iff_above(self, name, scores):
         values, is_unknown = scores
-        threshold = self.make(name).fit(values, is_unknown=is_unknown)
-        decision = threshold.decide(values)
-        assert decision.dtype == bool and np.array_equal(decision, values.astype(float) > threshold.tau)
-        assert not threshold.decide(np.array([threshold.tau]))[0]
-        assert np.array_equal(threshold.decide(torch.from_numpy(values)), decision)
+        threshold = self.make(name).fit(values, NEAREST, is_unknown=is_unknown)
+        decision, taus = threshold.decide(values, NEAREST), threshold.tau_of(NEAREST)
+        assert decision.dtype == bool and np.array_equal(decision, values.astype(float) > taus)
+        assert not threshold.decide(taus, NEAREST).any()
+        tensors = torch.from_numpy(values), torch.from_numpy(NEAREST)
+        assert np.array_equal(threshold.decide(*tensors), decision)
+        if not threshold.by_class:
+            assert set(taus) == {threshold.tau} and np.array_equal(threshold.decide(values), decision)
 
     def test_order_does_not_matter_and_refit_forgets(self, name, scores):
         values, is_unknown = scores
-        threshold = self.make(name).fit(values, is_unknown=is_unknown)
-        tau = threshold.tau
-        threshold.fit(values + 5, is_unknown=is_unknown)
-        assert threshold.fit(values[::-1], is_unknown=is_unknown[::-1]).tau == tau
+        threshold = self.make(name).fit(values, NEAREST, is_unknown=is_unknown)
+        state = threshold.state()
+        threshold.fit(values + 5, NEAREST % 2, is_unknown=is_unknown)
+        assert threshold.fit(values[::-1], NEAREST[::-1], is_unknown=is_unknown[::-1]).state() == state
 
     def test_state_is_json_and_comes_back(self, name, scores):
         values, is_unknown = scores
-        threshold = self.make(name).fit(values, is_unknown=is_unknown)
+        threshold = self.make(name).fit(values, NEAREST, is_unknown=is_unknown)
         again = thresholds.Threshold.from_state(json.loads(json.dumps(threshold.state(), allow_nan=False)))
         assert type(again) is type(threshold) and again.tau == threshold.tau and again.params == threshold.params
+        assert again.state() == threshold.state() and np.array_equal(again.tau_of(NEAREST), threshold.tau_of(NEAREST))
 
     def test_bad_input_is_refused(self, name, scores):
         values, is_unknown = scores
         threshold = self.make(name)
         with pytest.raises(OsmlError, match="1 of 300 scores are NaN"):
-            threshold.fit(np.where(np.arange(300) == 7, np.nan, values), is_unknown=is_unknown)
+            threshold.fit(np.where(np.arange(300) == 7, np.nan, values), NEAREST, is_unknown=is_unknown)
         with pytest.raises(OsmlError, match="shape"):
-            threshold.fit(values[None], is_unknown=is_unknown)
+            threshold.fit(values[None], NEAREST, is_unknown=is_unknown)
         with pytest.raises(OsmlError, match="is_unknown must be booleans"):
-            threshold.fit(values, is_unknown=is_unknown[:-1])
+            threshold.fit(values, NEAREST, is_unknown=is_unknown[:-1])
         with pytest.raises(OsmlError, match="known items"):
-            threshold.fit(values, is_unknown=np.ones(300, bool))
+            threshold.fit(values, NEAREST, is_unknown=np.ones(300, bool))
+        if threshold.by_class:
+            with pytest.raises(OsmlError, match="differs by class: give the nearest class"):
+                threshold.fit(values, is_unknown=is_unknown)
+            for wrong in (NEAREST[1:], NEAREST.astype(float)):
+                with pytest.raises(OsmlError, match="whole numbers of shape"):
+                    threshold.fit(values, wrong, is_unknown=is_unknown)
         if threshold.needs_unknown:
             with pytest.raises(OsmlError, match="known and unknown items"):
                 threshold.fit(values)
@@ -80,7 +94,8 @@ class TestContract:
         ("target_rate", {"unknown_accepted": -0.1}),
         ("conformal", {"alpha": math.nan}),
         ("quantile", {"accepted": "abc"}),
-        ("target_rate", {"unknown_accepted": None}),
+        ("target_rate", {"unknown_accepted": True}),
+        ("target_rate", {"known_rejected": 1.0}),
     ],
 )
 def test_rates_outside_0_and_1_are_refused(name, params):
@@ -131,6 +146,72 @@ def test_target_rate_is_the_largest_that_keeps_it(scores, rate):
     assert (unknown <= tau).mean() <= rate
     above = np.sort(values[values > tau])[0]
     assert (unknown <= above).mean() > rate
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.1, 0.5])
+def test_target_rate_on_the_known_side_is_the_smallest_that_keeps_it(scores, rate):
+    values, is_unknown = scores
+    threshold = thresholds.create("target_rate", known_rejected=rate)
+    tau = threshold.fit(values, is_unknown=is_unknown).tau
+    known = values[~is_unknown]
+    assert not threshold.needs_unknown and threshold.fit(known).tau == tau
+    assert (known > tau).mean() <= rate
+    assert (known >= tau).mean() > rate  # any smaller one rejects the item at τ as well
+
+
+def test_target_rate_keeps_one_rate():
+    assert thresholds.create("target_rate").params == {"unknown_accepted": 0.05, "known_rejected": None}
+    with pytest.raises(OsmlError, match="give either unknown_accepted or known_rejected"):
+        thresholds.create("target_rate", unknown_accepted=0.1, known_rejected=0.1)
+
+
+TIED = st.lists(st.integers(0, 6), min_size=1, max_size=25)
+
+
+def every_cut(known: list[int], unknown: list[int]) -> dict[float, tuple[Fraction, Fraction]]:
+    """The slow twin: shares of known and of unknown items rejected, exactly, at each τ that differs."""
+    return {
+        tau: (
+            Fraction(sum(s > tau for s in known), len(known)),
+            Fraction(sum(s > tau for s in unknown), len(unknown)),
+        )
+        for tau in sorted({*known, *unknown, min(known + unknown) - 1})
+    }
+
+
+def rejected_at(name: str, known: list[int], unknown: list[int]) -> tuple[Fraction, Fraction]:
+    values, is_unknown = np.array(known + unknown, float), np.arange(len(known + unknown)) >= len(known)
+    decision = thresholds.create(name).fit(values, is_unknown=is_unknown).decide(values)
+    return tuple(Fraction(int(decision[of].sum()), int(of.sum())) for of in (~is_unknown, is_unknown))
+
+
+@settings(deadline=None, max_examples=150)
+@given(TIED, TIED)
+def test_eer_is_the_cut_of_most_equal_errors(known, unknown):
+    ordered = [(abs(k - (1 - u)), k + 1 - u, k, u) for k, u in every_cut(known, unknown).values()]
+    best = min(ordered, key=lambda cut: (cut[0], cut[1]))
+    equal = [cut for cut in ordered if cut[:2] == best[:2]]
+    assert rejected_at("eer", known, unknown) == equal[-1][2:]  # the largest τ of these
+
+
+@settings(deadline=None, max_examples=150)
+@given(TIED, TIED)
+def test_youden_is_the_cut_of_the_largest_index(known, unknown):
+    j = {tau: u - k for tau, (k, u) in every_cut(known, unknown).items()}
+    tau = max(t for t in j if j[t] == max(j.values()))
+    assert rejected_at("youden", known, unknown) == every_cut(known, unknown)[tau]
+
+
+def test_youden_and_eer_agree_with_the_roc_curve(scores):
+    from sklearn.metrics import roc_curve
+
+    values, is_unknown = scores
+    false, true, _ = roc_curve(is_unknown, values, drop_intermediate=False)
+    known, unknown = values[~is_unknown], values[is_unknown]
+    tau = thresholds.create("youden").fit(values, is_unknown=is_unknown).tau
+    assert (unknown > tau).mean() - (known > tau).mean() == pytest.approx((true - false).max())
+    tau = thresholds.create("eer").fit(values, is_unknown=is_unknown).tau
+    assert abs((known > tau).mean() - (unknown <= tau).mean()) == pytest.approx(abs(false - (1 - true)).min())
 
 
 def test_max_f1_beats_every_other_cut(scores):
@@ -211,6 +292,52 @@ def test_p_values_and_the_threshold_agree(n, seed, alpha):
     calibration, scores = draw.normal(size=n), draw.normal(1, 2, size=50)
     decision = thresholds.create("conformal", alpha=alpha).fit(calibration).decide(scores)
     assert np.array_equal(decision, thresholds.p_values(scores, calibration) <= alpha + 1e-12)
+
+
+def by_hand(p: list[Fraction], q: Fraction, known: Fraction = Fraction(1)) -> set[int]:
+    """Benjamini & Hochberg as they wrote it: the largest k with p_(k) ≤ q k / (π0 N), then all p up to that one."""
+    last = max((v for k, v in enumerate(sorted(p), 1) if v * len(p) * known <= q * k), default=0)
+    return {i for i, v in enumerate(p) if v <= last}
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.lists(st.integers(1, 100), min_size=1, max_size=40),
+    st.sampled_from([Fraction(1, 100), Fraction(1, 20), Fraction(1, 10), Fraction(1, 3)]),
+    st.sampled_from([None, Fraction(1, 5), Fraction(1, 2)]),
+)
+def test_false_discovery_control_is_the_step_up(cells, q, above):
+    p = [Fraction(c, 100) for c in cells]
+    known = Fraction(1)
+    if above is not None:
+        known = (1 + sum(v > above for v in p)) / (len(p) * (1 - above))
+    found = select_unknown([float(v) for v in p], float(q), above=None if above is None else float(above))
+    assert set(np.flatnonzero(found)) == by_hand(p, q, known)
+
+
+@pytest.mark.parametrize("above", [None, 0.5])
+def test_false_discoveries_stay_below_their_rate(above):
+    """Over 1000 batches, each with a calibration set of its own: the mean share of known among the rejected ≤ q."""
+    draw = np.random.default_rng(0)
+    q, n_known, n_unknown, shares, found = 0.2, 80, 20, [], []
+    for _ in range(1000):
+        calibration = draw.normal(size=200)
+        scores = np.concatenate([draw.normal(size=n_known), draw.normal(3.5, 1, n_unknown)])
+        selected = select_unknown(thresholds.p_values(scores, calibration), q, above=above)
+        shares.append(selected[:n_known].sum() / max(1, selected.sum()))
+        found.append(selected[n_known:].mean())
+    error = 3 * np.std(shares) / np.sqrt(len(shares))
+    assert q * 0.6 < np.mean(shares) < q + error and np.mean(found) > 0.7, (np.mean(shares), error)
+
+
+def test_false_discovery_control_refuses_bad_input():
+    assert select_unknown([], 0.1).shape == (0,)
+    with pytest.raises(OsmlError, match="within"):
+        select_unknown([0.0, 0.5], 0.1)
+    with pytest.raises(OsmlError, match="q must be a rate"):
+        select_unknown([0.5], 1)
+    with pytest.raises(OsmlError, match="above must be a rate"):
+        select_unknown([0.5], 0.1, above=0)
 
 
 def test_unknown_names_show_the_nearest():

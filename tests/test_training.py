@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
@@ -19,13 +21,14 @@ from osml_plugin.config import load_config, make_config
 from osml_plugin.embedding import EmbeddingModel, default_device, embed_dataset
 from osml_plugin.hooks import OpenSetHook
 from osml_plugin.registry import refusing
-from osml_plugin.training import build_model, checked_device, seed_everything, train_model
+from osml_plugin.training import build_model, checked_device, make_trainer, seed_everything, train_model
 
 ARGUMENTS = {
     "HistogramLoss": {"n_bins": 10},
     "RankedListLoss": {"margin": 0.4, "Tn": 10},
     "MultipleLosses": {"losses": ["ContrastiveLoss", {"name": "CosFaceLoss", "scale": 16}]},
     "CrossBatchMemory": {"loss": "ContrastiveLoss", "memory_size": 256},
+    "PseudoUnknowns": {"loss": {"name": "MarginOneVsRestLoss", "scale": 16}},
 }
 
 
@@ -59,7 +62,9 @@ def test_every_loss_trains(digits, name):
         not torch.equal(a, b) for a, b in zip(model.embedder.parameters(), untouched.embedder.parameters(), strict=True)
     ]
     assert all(moved) and all(p.isfinite().all() for p in model.parameters())
+    assert all(p.grad is not None and p.grad.any() for p in loss.parameters())
     weights = pml.class_weights(loss)
+    assert pml.has_class_weights(name, ARGUMENTS.get(name, {})) == (weights is not None)
     assert weights is None or (weights.shape[0] == 5 and weights.shape[2] == 16)
 
 
@@ -220,7 +225,7 @@ def test_patience_stops_and_gives_back_the_best(digits):
 
 # Proxies ----------------------------------------------------------------------------------------------------
 
-WITH_PROXIES = [n for n in pml.names("loss") if "num_classes" in pml.arguments("loss", n) and n != "MarginLoss"]
+WITH_PROXIES = [n for n in pml.names("loss") if n != "PseudoUnknowns" and pml.has_class_weights(n, {})]
 
 
 @pytest.mark.parametrize("name", WITH_PROXIES)
@@ -244,8 +249,81 @@ def test_class_weights_are_the_losss_own_logits(name):
     torch.testing.assert_close(ours, theirs.detach(), rtol=1e-4, atol=1e-4)
 
 
+def test_the_table_of_losses_names_each_of_them():
+    page = (Path(__file__).parents[1] / "docs" / "losses.md").read_text(encoding="utf-8")
+    named = dict(re.findall(r"^\| .* \| `(\w+)` \| (ours|PML) \|$", page, re.MULTILINE))
+    assert sorted(named) == pml.names("loss")
+    assert all(hasattr(losses, name) == (home == "PML") for name, home in named.items())
+
+
 def test_losses_without_proxies_have_none():
     assert pml.class_weights(losses.ContrastiveLoss()) is None
+    assert pml.class_weights(pml.build("loss", "ARPLLoss", {}, num_classes=4, embedding_size=8)) is None
+
+
+def test_the_proxies_behind_pseudo_unknowns():
+    args = {"num_classes": 4, "embedding_size": 8}
+    loss = pml.build("loss", "PseudoUnknowns", {"loss": "MarginOneVsRestLoss"}, **args)
+    assert torch.equal(pml.class_weights(loss), pml.class_weights(loss.loss))
+    refused = {"loss": {"name": "PseudoUnknowns", "loss": "ArcFaceLoss"}}
+    with pytest.raises(OsmlError, match="expected MarginOneVsRestLoss, Recip.* got ArcFaceLoss$"):
+        pml.build("loss", "PseudoUnknowns", {"loss": "ArcFaceLoss"}, **args)
+    make_config(refused)  # seen when it is built, as all that depends on arguments together
+
+
+# Rotation ---------------------------------------------------------------------------------------------------
+
+
+def test_rotation_teaches_the_trunk_and_is_off_by_default(digits):
+    plain = trained(digits)[0].state_dict()
+    turned, loss = trained(digits, training={"rotation": 0.5})
+    again = trained(digits, training={"rotation": 0.5})[0].state_dict()
+    turned = turned.state_dict()
+    assert turned.keys() == plain.keys() and not any("rotation" in key or "head" in key for key in turned)
+    assert not torch.equal(turned["trunk.layers.0.weight"], plain["trunk.layers.0.weight"])
+    assert all(torch.equal(turned[key], again[key]) for key in turned)
+    assert type(loss).__name__ == "ArcFaceLoss"
+
+
+def test_the_rotation_of_unseen_images_is_learned(digits):
+    dataset, labels = digits
+    chosen = [i for i, label in enumerate(labels) if label in (2, 3, 4)]  # a turned 0 or 1 is hardly one
+    config = make_config(
+        {"model": {"trunk": {"name": "small_cnn", "width": 8}}, "training": {"rotation": 1.0, "batch_size": 32}}
+    )
+    seed_everything(0)
+    model = build_model(config, channels=1, size=8)
+    known = {2: 0, 3: 1, 4: 2}
+    images = dataset.tensors[0][chosen]
+    classes = [known[labels[i]] for i in chosen]
+    train = TensorDataset(images[:400], torch.tensor(classes[:400]))
+    trainer = make_trainer(model, train, classes[:400], config, n_epochs=15, device="cpu")
+    trainer.show_progress = False
+    trainer.train(num_epochs=15)
+    assert set(trainer.losses) == {"metric_loss", "rotation_loss", "total_loss"}
+    assert any(key.startswith("loss_funcs.rotation_loss") for key in trainer.state())
+    model.eval()
+    with torch.no_grad():
+        for quarter in range(4):
+            logits = trainer.loss_funcs["rotation_loss"].head(model.trunk(images[400:].rot90(quarter, (2, 3))))
+            assert (logits.argmax(dim=1) == quarter).float().mean() > 0.7
+
+
+def test_rotation_is_for_square_images_and_a_trunk_that_learns(digits, monkeypatch):
+    images, labels = digits[0].tensors
+    for data, frozen, message in [
+        (images.flatten(1), False, r"these inputs have the shape \(64,\)"),
+        (images[..., :6], False, r"shape \(1, 8, 6\)"),
+        (images, True, "the trunk is frozen"),
+    ]:
+        config = make_config({"model": {"frozen": frozen}, "training": {"rotation": 0.1}})
+        vectors = data.ndim == 2
+        model = build_model(config, channels=0 if vectors else 1, size=64 if vectors else 8)
+        with pytest.raises(OsmlError, match=f"training.rotation teaches the trunk .*{message}: set it to 0"):
+            train_model(model, TensorDataset(data, labels), labels.tolist(), config, n_epochs=1, device="cpu")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(OsmlError, match="training.rotation is for one process: set it to 0, or train with one worker"):
+        trained(digits, training={"rotation": 0.1})
 
 
 # Trunks -----------------------------------------------------------------------------------------------------

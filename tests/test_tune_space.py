@@ -39,7 +39,11 @@ detector: {choice: [knn, {name: mahalanobis, shrinkage: {loguniform: [0.001, 0.1
 threshold: {name: fixed, tau: {uniform: [0.1, 0.9]}}
 """
 # These ask for parts of their own.
-REQUIRED = {"CrossBatchMemory": {"loss": "ContrastiveLoss"}, "MultipleLosses": {"losses": ["ContrastiveLoss"]}}
+REQUIRED = {
+    "CrossBatchMemory": {"loss": "ContrastiveLoss"},
+    "MultipleLosses": {"losses": ["ContrastiveLoss"]},
+    "PseudoUnknowns": {"loss": "MarginOneVsRestLoss"},
+}
 
 
 PAGE = (Path(__file__).parents[1] / "docs" / "sweep-space.md").read_text(encoding="utf-8")

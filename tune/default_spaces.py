@@ -47,6 +47,12 @@ _LOSSES: dict[str, dict[str, Domain]] = {
     "ProxyNCALoss": {"softmax_scale": _log(1, 32)},
     "SoftTripleLoss": {"la": _log(5, 40), "gamma": _log(0.03, 0.3), "margin": _uniform(0, 0.3)},
     "P2SGradLoss": {},
+    "L2SoftmaxLoss": {"scale": _SCALE},
+    # The margin is in radians.
+    "MarginOneVsRestLoss": {"margin": _uniform(0, 0.8), "scale": _log(8, 64)},
+    "CACLoss": {"magnitude": _log(2, 20), "anchor_weight": _log(0.01, 1)},
+    "ReciprocalPointLoss": {"temperature": _log(0.3, 3), "radius_weight": _log(0.01, 1)},
+    "ARPLLoss": {"temperature": _log(0.3, 3), "radius_weight": _log(0.01, 1), "margin": _uniform(0, 2)},
     # Pairs and triplets.
     "AngularLoss": {"alpha": _uniform(30, 55)},
     "CircleLoss": {"m": _uniform(0.1, 0.5), "gamma": _log(16, 256)},
@@ -66,6 +72,7 @@ _LOSSES: dict[str, dict[str, Domain]] = {
     # A softmax over the batch.
     "InstanceLoss": {"gamma": _log(8, 128)},
     "NCALoss": {"softmax_scale": _log(1, 32)},
+    "PrototypicalLoss": {"softmax_scale": _log(1, 32)},
     "NTXentLoss": {"temperature": _log(0.03, 0.5)},
     "SupConLoss": {"temperature": _log(0.03, 0.5)},
     # Rankings and histograms.
@@ -77,6 +84,7 @@ _LOSSES: dict[str, dict[str, Domain]] = {
     # Losses of losses. A memory may not be smaller than a batch.
     "CrossBatchMemory": {"memory_size": _logint(1024, 8192)},
     "MultipleLosses": {},
+    "PseudoUnknowns": {"share": _uniform(0.1, 1), "alpha": _log(1, 8)},
 }
 # Losses that most pairs of a batch teach nothing, so that choosing the pairs matters; and the one that was published
 # with this miner. A softmax or a ranking weighs the hard negatives by itself, and needs the easy ones beside them.

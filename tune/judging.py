@@ -115,7 +115,7 @@ def _judge(s: Scored, labels: np.ndarray, ranks: np.ndarray, rules: Sequence[Rul
     calibration = np.sort(s.scores["calibration"]).astype(np.float64)
     taus = np.append(calibration, np.inf)[np.minimum(ranks - 1, len(calibration))]
     made = [thresholds.create(name, **params) for name, params in rules]
-    fixed = [(i, t.fit(calibration).tau) for i, t in enumerate(made) if not t.needs_unknown]
+    fixed = [(i, t.fit(calibration).tau) for i, t in enumerate(made) if not (t.needs_unknown or t.by_class)]
     points = operating_points(scores, labels, classes, [*taus, *(tau for _, tau in fixed)])
     n = len(RATES)
     curve = OperatingPoints(points.tau[:n], points.known_rejected[:n], points.unknown_rejected[:n], points.macro_f1[:n])
@@ -124,8 +124,11 @@ def _judge(s: Scored, labels: np.ndarray, ranks: np.ndarray, rules: Sequence[Rul
         for j, (i, _) in enumerate(fixed)
     }
     for i, threshold in enumerate(made):
-        if threshold.needs_unknown:
-            rejected = _crosswise(threshold, scores, labels == UNKNOWN)
+        if threshold.needs_unknown or threshold.by_class:
+            if threshold.needs_unknown:
+                rejected = _crosswise(threshold, scores, labels == UNKNOWN)
+            else:
+                rejected = threshold.fit(s.scores["calibration"], s.classes["calibration"]).decide(scores, classes)
             at_rules[i] = (
                 functional.known_rejected(labels, rejected),
                 functional.unknown_rejected(labels, rejected),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from copy import copy
 from pathlib import Path
 from typing import ClassVar, Self, final
 
@@ -29,7 +30,7 @@ class Detector(Named, nn.Module):
     and one of: `_class_scores -> (N, C)` (the score is the minimum over classes, the class its argmin) or
     `_score_and_class -> ((N,), (N,))`. All it has fitted lives in buffers. The base owns everything else:
     checks, labels ↔ indices, dtype, device, chunks, gradients, files. Where detectors can share work (`scan`), their
-    class writes `_fit_all` or `_score_all` instead.
+    class writes `_fit_all` or `_score_all` instead. One that is `incremental` writes `_update` besides.
     """
 
     registry = registry
@@ -37,6 +38,10 @@ class Detector(Named, nn.Module):
     """Whether `fit` needs the proxies of a classification loss."""
     searches_references: ClassVar[bool] = False
     """Whether `_fit` takes a `NeighborIndex` in place of embeddings; rows that it leaves out have the label −1."""
+    incremental: ClassVar[bool] = False
+    """Whether `partial_fit` and `without` work."""
+    class_buffers: ClassVar[tuple[str, ...]] = ()
+    """Of one that is incremental: its buffers with a row for each class."""
     search_space: ClassVar[dict[str, tuple]] = {}
     """For each parameter worth searching, the values to try."""
     far_point_exception: ClassVar[str | None] = None
@@ -62,6 +67,74 @@ class Detector(Named, nn.Module):
         """
         fit_together([self], embeddings, labels, class_weights)
         return self
+
+    @final
+    @torch.no_grad()
+    def partial_fit(self, embeddings: ArrayLike, labels: ArrayLike, class_weights: ArrayLike | None = None) -> Detector:
+        """Learn more examples of known classes, or of new ones: what `fit` on all examples gives, at the cost of the
+        new ones. The first time, it is `fit`.
+
+        Args:
+            embeddings, labels: the new examples, as for `fit`.
+            class_weights: of all classes, those known before included.
+
+        Raises:
+            OsmlError: as `fit`, and for a detector that is not `incremental`; it stays as it was.
+        """
+        self._check_incremental()
+        if "class_labels" not in self._buffers:
+            return self.fit(embeddings, labels, class_weights)
+        embeddings, labels = self._checked_change(embeddings, labels)
+        class_labels = torch.cat([self.class_labels, labels]).unique()
+        class_weights = self._checked_weights(class_weights, len(class_labels), embeddings)
+        rows = torch.full_like(class_labels, -1)
+        rows[torch.searchsorted(class_labels, self.class_labels)] = torch.arange(
+            len(self.class_labels), device=rows.device
+        )
+        grown = self._copy()
+        grown._take_classes(rows)
+        grown.class_labels = class_labels
+        grown._change(embeddings, labels, class_weights, 1)
+        grown._fitted()
+        self.__dict__.update(grown.__dict__)
+        return self
+
+    @final
+    @torch.no_grad()
+    def without(self, embeddings: ArrayLike, labels: ArrayLike) -> Detector:
+        """Another detector, as if these items had never been given to this one, at the cost of these items.
+
+        Classes that lose all their items vanish. This one stays as it is; the two share what is the same.
+
+        Args:
+            embeddings, labels: items that it was fitted on, as they were given then.
+
+        Raises:
+            OsmlError: as `partial_fit`; for items of classes that it does not know, or more than it has of one; where
+                nothing would be left.
+        """
+        self._check_incremental()
+        if "class_labels" not in self._buffers:
+            raise OsmlError(f"detector '{self.name}' is not fitted: there is nothing to take away yet")
+        embeddings, labels = self._checked_change(embeddings, labels)
+        leavers, n_leaving = labels.unique(return_counts=True)
+        row = torch.searchsorted(self.class_labels, leavers).clamp_max(len(self.class_labels) - 1)
+        here = torch.where(self.class_labels[row] == leavers, self.class_counts[row], 0)
+        if (n_leaving > here).any():
+            first = int((n_leaving > here).nonzero()[0])
+            raise OsmlError(
+                f"{int(n_leaving[first])} items of class {int(leavers[first])} are to be left out, but the detector "
+                f"was fitted on {int(here[first])}: give items that it was fitted on"
+            )
+        if n_leaving.sum() == self.class_counts.sum():
+            raise OsmlError("all items are to be left out: a detector needs at least one")
+        rest = self._copy()
+        rest._change(embeddings, labels, None, -1)
+        kept = rest.class_counts.nonzero()[:, 0]
+        rest._take_classes(kept)
+        rest.class_labels = rest.class_labels[kept]
+        rest._fitted()
+        return rest
 
     @final
     def score(self, embeddings: ArrayLike) -> Tensor:
@@ -130,6 +203,46 @@ class Detector(Named, nn.Module):
             self._fitted()
         return self
 
+    def _check_incremental(self) -> None:
+        if not self.incremental:
+            able = [name for name in registry.names() if registry.get(name).incremental]
+            raise OsmlError(
+                f"detector '{self.name}' cannot learn or forget single items: fit it again on all of them, or choose "
+                f"one that can: {', '.join(able)}"
+            )
+
+    def _checked_change(self, embeddings: ArrayLike, labels: ArrayLike) -> tuple[Tensor, Tensor]:
+        """Items to add or to take away, on the detector's device."""
+        if "class_counts" not in self._buffers:
+            raise OsmlError(
+                f"this detector '{self.name}' was saved by a version that kept nothing to learn on from: it scores, "
+                "but to change it fit it again on all items"
+            )
+        embeddings = check_embeddings(embeddings).to(self.class_labels.device)
+        check_width(embeddings, self)
+        return embeddings, check_labels(labels, embeddings).long()
+
+    def _checked_weights(self, class_weights: ArrayLike | None, n_classes: int, embeddings: Tensor) -> Tensor | None:
+        if class_weights is not None:
+            return check_class_weights(class_weights, n_classes, embeddings)
+        if self.needs_class_weights:
+            raise OsmlError(
+                f"detector '{self.name}' needs class weights: train with a classification loss (one that has "
+                "proxies, such as ArcFaceLoss), or choose a detector that works on embeddings alone"
+            )
+        return None
+
+    def _copy(self) -> Self:
+        """Another one with the same tensors: what either replaces is the other's no more."""
+        other = copy(self)
+        other._buffers = dict(self._buffers)
+        return other
+
+    def _change(self, embeddings: Tensor, labels: Tensor, class_weights: Tensor | None, sign: int) -> None:
+        index = torch.searchsorted(self.class_labels, labels)
+        self.class_counts = self.class_counts + sign * index.bincount(minlength=len(self.class_labels))
+        self._update(embeddings, index, class_weights, sign)
+
     # What a detector writes -----------------------------------------------------------------------------
 
     def _fit(self, embeddings: Tensor, labels: Tensor, class_weights: Tensor | None) -> None:
@@ -137,7 +250,19 @@ class Detector(Named, nn.Module):
         raise NotImplementedError
 
     def _fitted(self) -> None:
-        """Rebuild what is derived from the buffers; called after `fit`, `load` and a change of device."""
+        """Rebuild what is derived from the buffers; called after `fit`, `load` and a change of device or of items."""
+
+    def _update(self, embeddings: Tensor, labels: Tensor, class_weights: Tensor | None, sign: int) -> None:
+        """Add items, given as to `_fit` (sign 1; all classes have their rows, of zeros for new ones), or take them away
+        (−1). `class_counts` (C,) is what is there afterwards. Buffers are replaced, never changed in place: other
+        detectors share them."""
+        raise NotImplementedError
+
+    def _take_classes(self, rows: Tensor) -> None:
+        """Give the classes other rows: `rows` (C',) is where each was; −1 for a new one."""
+        self.class_counts = _taken(self.class_counts, rows)
+        for name in self.class_buffers:
+            self.register_buffer(name, _taken(self._buffers[name], rows))
 
     def _class_scores(self, embeddings: Tensor) -> Tensor:
         """How far each item is from each class, `(N, C)`."""
@@ -173,34 +298,21 @@ def fit_together(
     """`Detector.fit` of one or more of a family."""
     index = embeddings if isinstance(embeddings, NeighborIndex) else None
     embeddings = check_embeddings(embeddings if index is None else index.references)
-    try:
-        labels = torch.as_tensor(labels, device=embeddings.device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise OsmlError(f"labels must be integers, one for each embedding: {error}") from error
-    if labels.shape != embeddings.shape[:1] or labels.is_floating_point():
-        raise OsmlError(
-            f"labels must be integers of shape ({len(embeddings)},), one for each embedding; "
-            f"got {labels.dtype} of shape {tuple(labels.shape)}"
-        )
-    if len(embeddings) == 0:
-        raise OsmlError("no embeddings to fit on: give at least one for each known class")
-    present = torch.ones_like(labels, dtype=torch.bool) if index is None else index.present
-    if (labels[present] == UNKNOWN).any():
-        raise OsmlError(f"labels hold UNKNOWN ({UNKNOWN}): a detector learns known classes only, leave these out")
+    present = (
+        torch.ones(len(embeddings), dtype=torch.bool, device=embeddings.device) if index is None else index.present
+    )
+    labels = check_labels(labels, embeddings, present)
     class_labels, inverse = labels[present].long().unique(return_inverse=True)
-    if class_weights is not None:
-        class_weights = check_class_weights(class_weights, len(class_labels), embeddings)
+    weights = [detector._checked_weights(class_weights, len(class_labels), embeddings) for detector in detectors]
+    class_weights = weights[0]
     for detector in detectors:
-        if class_weights is None and detector.needs_class_weights:
-            raise OsmlError(
-                f"detector '{detector.name}' needs class weights: train with a classification loss (one that has "
-                "proxies, such as ArcFaceLoss), or choose a detector that works on embeddings alone"
-            )
         detector._buffers.clear()
         detector.register_buffer("class_labels", class_labels)
         detector.register_buffer("width", torch.tensor(embeddings.shape[1], device=embeddings.device))
+        if detector.incremental:
+            detector.register_buffer("class_counts", inverse.bincount())
     if detectors[0].searches_references:
-        index = NeighborIndex(embeddings.clone(), inverse) if index is None else index
+        index = NeighborIndex.of_copy(embeddings, inverse) if index is None else index
         detectors[0]._fit_all(
             detectors, index, torch.full_like(labels, -1).masked_scatter(present, inverse), class_weights
         )
@@ -219,8 +331,7 @@ def predict_together(detectors: Sequence[Detector], embeddings: ArrayLike) -> li
         raise OsmlError(f"detector '{first.name}' is not fitted: call fit(embeddings, labels) first")
     home = embeddings.device if isinstance(embeddings, Tensor) else "cpu"
     embeddings = check_embeddings(embeddings).to(first.class_labels.device)
-    if embeddings.shape[1] != first.width:
-        raise OsmlError(f"embeddings are {embeddings.shape[1]} wide, but the detector was fitted on {int(first.width)}")
+    check_width(embeddings, first)
     chunks = [first._score_all(detectors, e) for e in embeddings.split(first.chunk_size)]
     found = []
     for of_one in zip(*chunks, strict=True):
@@ -253,6 +364,31 @@ def check_embeddings(embeddings: ArrayLike) -> Tensor:
     return embeddings
 
 
+def check_width(embeddings: Tensor, detector: Detector) -> None:
+    if embeddings.shape[1] != detector.width:
+        raise OsmlError(
+            f"embeddings are {embeddings.shape[1]} wide, but the detector was fitted on {int(detector.width)}"
+        )
+
+
+def check_labels(labels: ArrayLike, embeddings: Tensor, present: Tensor | None = None) -> Tensor:
+    """Integers `(N,)` beside `embeddings`, none of them `UNKNOWN` where `present` (everywhere, if it is not given)."""
+    try:
+        labels = torch.as_tensor(labels, device=embeddings.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise OsmlError(f"labels must be integers, one for each embedding: {error}") from error
+    if labels.shape != embeddings.shape[:1] or labels.is_floating_point():
+        raise OsmlError(
+            f"labels must be integers of shape ({len(embeddings)},), one for each embedding; "
+            f"got {labels.dtype} of shape {tuple(labels.shape)}"
+        )
+    if len(embeddings) == 0:
+        raise OsmlError("no embeddings to fit on: give at least one for each known class")
+    if ((labels if present is None else labels[present]) == UNKNOWN).any():
+        raise OsmlError(f"labels hold UNKNOWN ({UNKNOWN}): a detector learns known classes only, leave these out")
+    return labels
+
+
 def check_class_weights(weights: ArrayLike, n_classes: int, embeddings: Tensor) -> Tensor:
     """`(C, P, D)` float32 beside `embeddings`, of weights `(C, D)` or `(C, P, D)`."""
     weights = torch.as_tensor(weights, dtype=torch.float32, device=embeddings.device)
@@ -266,6 +402,13 @@ def check_class_weights(weights: ArrayLike, n_classes: int, embeddings: Tensor) 
 
 
 def class_means(embeddings: Tensor, labels: Tensor, n_classes: int) -> Tensor:
-    """Mean embedding of each class, `(C, D)` in the embeddings' precision; `labels` in 0..C-1."""
+    """Mean embedding of each class, `(C, D)` in the embeddings' precision, zeros where it has none; `labels` are in
+    0..C-1."""
     sums = embeddings.new_zeros(n_classes, embeddings.shape[1]).index_add_(0, labels, embeddings)
-    return sums / labels.bincount(minlength=n_classes)[:, None]
+    return sums / labels.bincount(minlength=n_classes).clamp_min(1)[:, None]
+
+
+def _taken(buffer: Tensor, rows: Tensor) -> Tensor:
+    taken = buffer[rows]
+    taken[rows < 0] = 0
+    return taken

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..errors import OsmlError
 from ..neighbors import NeighborIndex
 from ..registry import checked_count
 from .base import Detector
@@ -26,6 +27,7 @@ class KNN(Detector, name="knn"):
     """
 
     searches_references = True
+    incremental = True
     search_space = {"k": (1, 3, 5, 10, 20, 50)}
 
     def __init__(self, *, k: int = 5):
@@ -42,11 +44,49 @@ class KNN(Detector, name="knn"):
             detector.register_buffer("reference_labels", labels)
             detector._index = index
 
+    def _update(self, embeddings: Tensor, labels: Tensor, class_weights: Tensor | None, sign: int) -> None:
+        if sign < 0:
+            left_out = self._rows_of(embeddings, labels)
+            self._index = self._index.without(left_out)
+            self.reference_labels = self.reference_labels.masked_fill(left_out, -1)
+            return
+        kept = self.reference_labels >= 0
+        if 2 * int(kept.sum()) < len(kept):  # most have gone: their memory goes too
+            references, self.reference_labels = self.references[kept], self.reference_labels[kept]
+            self._index = NeighborIndex.of_copy(references, self.reference_labels)
+        self.reference_labels = torch.cat([self.reference_labels, labels])
+        self._index = self._index.extended(embeddings, self.reference_labels)
+        self.references = self._index.references
+
+    def _take_classes(self, rows: Tensor) -> None:
+        moved = torch.full_like(self.class_labels, -1)
+        moved[rows[rows >= 0]] = (rows >= 0).nonzero()[:, 0]
+        of = self.reference_labels
+        self.reference_labels = torch.where(of >= 0, moved[of], -1)
+        super()._take_classes(rows)
+
+    def _rows_of(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """Which references these items are, bool `(R,)`: of several that are alike, as many as there are items."""
+        of_classes = torch.isin(self.reference_labels, labels).nonzero()[:, 0]
+        both = torch.cat([self.references[of_classes], embeddings]).double()
+        labelled = torch.cat([both, torch.cat([self.reference_labels[of_classes], labels])[:, None].double()], dim=1)
+        alike = labelled.unique(dim=0, return_inverse=True)[1]
+        here, wanted = alike[: len(of_classes)], alike[len(of_classes) :].bincount(minlength=int(alike.max()) + 1)
+        nth = _nth_of_its_class(here[None])[0]
+        if (here.bincount(minlength=len(wanted)) < wanted).any():
+            raise OsmlError("some of these items are not among the references: give items that it was fitted on")
+        left_out = torch.zeros_like(self.reference_labels, dtype=torch.bool)
+        left_out[of_classes[nth <= wanted[here]]] = True
+        return left_out
+
     def _fitted(self) -> None:
-        left_out = self.reference_labels < 0
         if self._index is None or self._index.references is not self.references:  # loaded, or on another device
+            left_out = self.reference_labels < 0
             self._index = NeighborIndex(self.references, self.reference_labels).without(left_out)
-        counts = self.reference_labels[~left_out].bincount(minlength=len(self.class_labels))
+        if "class_counts" not in self._buffers:  # a file of an earlier version
+            here = self.reference_labels[self.reference_labels >= 0]
+            self.register_buffer("class_counts", here.bincount(minlength=len(self.class_labels)))
+        counts = self.class_counts
         k = min(self.k, int(counts.max()))
         self._class_k = -(-k * counts // counts.max())  # rounded up
 

@@ -12,8 +12,8 @@ from ..registry import checked_number
 from .base import Detector
 
 
-class LogitDetector(Detector):
-    """Logits of item x and class c: max over the class's proxies of x · w."""
+class ProxyDetector(Detector):
+    """Logits of item x and class c: max over the class's proxies of x · w. The class is that of the largest logit."""
 
     needs_class_weights = True
 
@@ -23,43 +23,71 @@ class LogitDetector(Detector):
     def _fit(self, embeddings: Tensor, labels: Tensor, class_weights: Tensor | None) -> None:
         self.register_buffer("class_weights", class_weights.clone())
 
+    def _proxy_logits(self, embeddings: Tensor) -> Tensor:
+        """Of every proxy, `(N, C, P)`."""
+        return (embeddings @ self.class_weights.flatten(0, 1).T).unflatten(1, self.class_weights.shape[:2])
+
     def _logits(self, embeddings: Tensor) -> Tensor:
-        return torch.einsum("nd,cpd->ncp", embeddings, self.class_weights).amax(dim=2)
+        logits = self._proxy_logits(embeddings)
+        return logits.amax(dim=2) if logits.shape[2] > 1 else logits[:, :, 0]
+
+    def _score_and_class(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self._logits(embeddings)
+        nearest = largest(logits)
+        return self._item_score(embeddings, logits, nearest), nearest
+
+    def _item_score(self, embeddings: Tensor, logits: Tensor, nearest: Tensor) -> Tensor:
+        """The unknown score `(N,)` of items `(N, D)`, given their logits `(N, C)` and classes `(N,)`."""
+        raise NotImplementedError
+
+
+class LogitDetector(ProxyDetector):
+    """A score that needs nothing of an item but its logits.
+
+    One that fits nothing but the proxies is `incremental`.
+    """
+
+    class_buffers = ("class_weights",)
+
+    def _update(self, embeddings: Tensor, labels: Tensor, class_weights: Tensor | None, sign: int) -> None:
+        if class_weights is not None:
+            self._fit(embeddings, labels, class_weights)
 
     @classmethod
     def _score_all(cls, detectors: Sequence[LogitDetector], embeddings: Tensor) -> list[tuple[Tensor, Tensor]]:
         logits = detectors[0]._logits(embeddings)
-        nearest = logits.argmax(dim=1)
-        return [(detector._logit_score(logits), nearest) for detector in detectors]
+        nearest = largest(logits)
+        return [(detector._logit_score(logits, nearest), nearest) for detector in detectors]
 
-    def _logit_score(self, logits: Tensor) -> Tensor:
-        """The unknown score `(N,)` of logits `(N, C)`."""
+    def _logit_score(self, logits: Tensor, nearest: Tensor) -> Tensor:
+        """The unknown score `(N,)` of logits `(N, C)`, the largest of which are those of the classes `nearest`."""
         raise NotImplementedError
 
 
 class TemperedLogitDetector(LogitDetector):
     """A score of logits divided by a temperature T > 0."""
 
+    incremental = True
     search_space = {"temperature": (0.5, 1.0, 2.0, 5.0, 10.0)}
 
     def __init__(self, *, temperature: float = 1.0):
         super().__init__()
-        self.temperature = checked_number("temperature", temperature)
-        if self.temperature <= 0:
-            raise OsmlError(f"temperature must be above 0; got {temperature!r}")
+        self.temperature = checked_positive("temperature", temperature)
 
 
 class MaxLogit(LogitDetector, name="max_logit"):
     """− max_c logit_c (Vaze et al. 2022)."""
 
-    def _logit_score(self, logits: Tensor) -> Tensor:
-        return -logits.amax(dim=1)
+    incremental = True
+
+    def _logit_score(self, logits: Tensor, nearest: Tensor) -> Tensor:
+        return -logits.gather(1, nearest[:, None])[:, 0]
 
 
 class Energy(TemperedLogitDetector, name="energy"):
     """− T · log Σ_c exp(logit_c / T) (Liu et al. 2020, eq. 4)."""
 
-    def _logit_score(self, logits: Tensor) -> Tensor:
+    def _logit_score(self, logits: Tensor, nearest: Tensor) -> Tensor:
         return -self.temperature * torch.logsumexp(logits / self.temperature, dim=1)
 
 
@@ -68,10 +96,8 @@ class MSP(TemperedLogitDetector, name="msp"):
 
     far_point_exception = "softmax divides out how large the logits are: a far point can be as sure as a near one"
 
-    def _logit_score(self, logits: Tensor) -> Tensor:
-        # 1 − p_max as the sum of the others: exact where p_max rounds to 1.
-        p = torch.softmax(logits / self.temperature, dim=1)
-        return p.sort(dim=1).values[:, :-1].sum(dim=1)
+    def _logit_score(self, logits: Tensor, nearest: Tensor) -> Tensor:
+        return others(torch.softmax(logits / self.temperature, dim=1), nearest)
 
 
 class Entropy(TemperedLogitDetector, name="entropy"):
@@ -79,5 +105,28 @@ class Entropy(TemperedLogitDetector, name="entropy"):
 
     far_point_exception = MSP.far_point_exception
 
-    def _logit_score(self, logits: Tensor) -> Tensor:
-        return torch.special.entr(torch.softmax(logits / self.temperature, dim=1)).sum(dim=1)
+    def _logit_score(self, logits: Tensor, nearest: Tensor) -> Tensor:
+        return entropy(torch.log_softmax(logits / self.temperature, dim=1))
+
+
+def largest(logits: Tensor) -> Tensor:
+    """The index `(N,)` of the largest of each row; the first of several."""
+    if logits.device.type != "cpu":
+        return logits.argmax(dim=1)
+    return torch.from_numpy(logits.numpy().argmax(axis=1))  # several times as fast as PyTorch's
+
+
+def entropy(log_p: Tensor) -> Tensor:
+    """In nats `(N,)`, of the logarithms of probabilities `(N, C)`."""
+    return -(log_p.exp() * log_p).sum(dim=1)
+
+
+def others(p: Tensor, nearest: Tensor) -> Tensor:
+    """1 − p_nearest `(N,)` of probabilities `(N, C)`, as the sum of the others: exact where p_nearest rounds to 1."""
+    return p.scatter(1, nearest[:, None], 0).sum(dim=1)
+
+
+def checked_positive(what: str, value: float) -> float:
+    if checked_number(what, value) <= 0:
+        raise OsmlError(f"{what} must be above 0; got {value!r}")
+    return float(value)

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import OsmlError
 from ..registry import checked_number
 from .base import Detector, class_means
+from .moments import part_of, rounded_off
 
 
 class Mahalanobis(Detector, name="mahalanobis"):
@@ -22,6 +23,8 @@ class Mahalanobis(Detector, name="mahalanobis"):
     and along them shrinking is one number an axis.
     """
 
+    incremental = True
+    class_buffers = ("class_means",)
     search_space = {"shrinkage": (0.001, 0.01, 0.1, 0.3)}
 
     def __init__(self, *, shrinkage: float = 0.01):
@@ -34,19 +37,34 @@ class Mahalanobis(Detector, name="mahalanobis"):
     ) -> None:
         # Means are subtracted in float64: the spread within a class is small beside its mean.
         embeddings = embeddings.double()
-        counts = labels.bincount()
-        means = class_means(embeddings, labels, len(counts))
+        means = class_means(embeddings, labels, len(detectors[0].class_labels))
         centred = embeddings - means[labels]
-        variances, axes = torch.linalg.eigh(centred.T @ centred / len(centred))
-        axes, variances = axes.contiguous(), variances.clamp_min(0)
+        within = centred.T @ centred
+        variances, axes = _principal_axes(within / len(labels))
         for detector in detectors:
-            detector.register_buffer("axes", axes)
-            detector._fit_along_axes(variances, means @ axes, counts.double() / len(labels))
+            detector._keep(means, within, variances, axes)
+
+    def _keep(self, means: Tensor, within: Tensor, variances: Tensor, axes: Tensor) -> None:
+        self.register_buffer("class_means", means)
+        self.register_buffer("within", within)
+        self.register_buffer("variances", variances)
+        self.register_buffer("axes", axes)
+
+    def _update(self, embeddings: Tensor, labels: Tensor, class_weights: Tensor | None, sign: int) -> None:
+        centred, factors, away, means = part_of(embeddings.double(), labels, self.class_means, self.class_counts, sign)
+        within = self.within + sign * centred.T @ centred + (factors[:, None] * away).T @ away
+        within = rounded_off(within, self.within) if sign < 0 else within
+        self._keep(means, within, *_principal_axes(within / self.class_counts.sum()))
+
+    def _fitted(self) -> None:
+        if "within" in self._buffers:  # files of earlier versions hold what follows from it, and no more
+            shares = self.class_counts.double() / self.class_counts.sum()
+            self._fit_along_axes(self.variances, self.class_means @ self.axes, shares)
 
     def _fit_along_axes(self, variances: Tensor, means: Tensor, shares: Tensor) -> None:
         """Variances `(D,)` within classes and class means `(C, D)`, along the axes; shares `(C,)` of items by class."""
-        self.register_buffer("scales", inverse_deviations(variances, variances.mean(), self.shrinkage))
-        self.register_buffer("means", means * self.scales)
+        self.scales = inverse_deviations(variances, variances.mean(), self.shrinkage)
+        self.means = means * self.scales
 
     @classmethod
     def _score_all(cls, detectors: Sequence[Mahalanobis], embeddings: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -77,14 +95,20 @@ class RelativeMahalanobis(Mahalanobis, name="relative_mahalanobis"):
         # (I + RᵀR)⁻¹ = I − Rᵀ(I + RRᵀ)⁻¹R = I − BᵀB (Woodbury): what remains to invert is small.
         identity = torch.eye(len(between), dtype=between.dtype, device=between.device)
         lower = torch.linalg.cholesky(identity + between @ between.T)
-        self.register_buffer("background_scales", scales)
-        self.register_buffer("background_mean", mean * scales)
-        self.register_buffer("background_between", torch.linalg.solve_triangular(lower, between, upper=False))
+        self.background_scales = scales
+        self.background_mean = mean * scales
+        self.background_between = torch.linalg.solve_triangular(lower, between, upper=False)
 
     def _class_distances(self, along_axes: Tensor) -> Tensor:
         x = along_axes * self.background_scales - self.background_mean
         background = x.square().sum(dim=1) - (x @ self.background_between.T).square().sum(dim=1)
         return super()._class_distances(along_axes) - background[:, None]
+
+
+def _principal_axes(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Variances `(D,)` and the axes `(D, D)` that they are along, in columns."""
+    variances, axes = torch.linalg.eigh(covariance)
+    return variances.clamp_min(0), axes.contiguous()
 
 
 def inverse_deviations(variances: Tensor, average: Tensor, shrinkage: float) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,15 +12,14 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from torch import Tensor
 
 from .. import UNKNOWN, detectors
-from .open_set import OpenSetMetrics, open_set_metrics
+from .functional import RANK_METRICS, Ranking, rank
 
-OPEN_SET = ("auroc", "aupr_unknown", "aupr_known", "fpr95", "oscr", "closed_set_accuracy")
-
-UNDEFINED = OpenSetMetrics(0, 0, *[math.nan] * 6, None, None, None)
+OPEN_SET = tuple(RANK_METRICS)
 
 
 class OpenSetAccuracyCalculator(AccuracyCalculator):
-    """PML's `AccuracyCalculator` with auroc, aupr_unknown, aupr_known, fpr95, oscr and closed_set_accuracy.
+    """PML's `AccuracyCalculator` with the threshold-free open-set metrics: auroc, oscr, fpr95, closed_set_accuracy and
+    the others of `osml_plugin.metrics.functional.RANK_METRICS`.
 
     The reference split holds the known classes. A query is unknown if its label is `UNKNOWN`, or none of the
     reference's (PML leaves such queries out of its own metrics). Where queries are their own reference, there is
@@ -39,28 +39,10 @@ class OpenSetAccuracyCalculator(AccuracyCalculator):
         self.detector = detectors.create(detector, **(detector_params or {}))
         super().__init__(*args, **kwargs)
 
-    def calculate_auroc(self, open_set: OpenSetMetrics, **kwargs: Any) -> float:
-        return open_set.auroc
-
-    def calculate_aupr_unknown(self, open_set: OpenSetMetrics, **kwargs: Any) -> float:
-        return open_set.aupr_unknown
-
-    def calculate_aupr_known(self, open_set: OpenSetMetrics, **kwargs: Any) -> float:
-        return open_set.aupr_known
-
-    def calculate_fpr95(self, open_set: OpenSetMetrics, **kwargs: Any) -> float:
-        return open_set.fpr95
-
-    def calculate_oscr(self, open_set: OpenSetMetrics, **kwargs: Any) -> float:
-        return open_set.oscr
-
-    def calculate_closed_set_accuracy(self, open_set: OpenSetMetrics, **kwargs: Any) -> float:
-        return open_set.closed_set_accuracy
-
     def _get_accuracy(self, function_dict: dict, **kwargs: Any) -> dict[str, float]:
         """Called by PML once a split, with everything that its metrics take."""
         if set(OPEN_SET) & set(function_dict):
-            kwargs["open_set"] = UNDEFINED if kwargs["ref_includes_query"] else self._open_set(**kwargs)
+            kwargs["open_set"] = None if kwargs["ref_includes_query"] else self._open_set(**kwargs)
         return super()._get_accuracy(function_dict, **kwargs)
 
     def _open_set(
@@ -70,7 +52,7 @@ class OpenSetAccuracyCalculator(AccuracyCalculator):
         reference: Tensor,
         reference_labels: Tensor,
         **kwargs: Any,
-    ) -> OpenSetMetrics:
+    ) -> Ranking:
         query_labels, reference_labels = query_labels.flatten().long(), reference_labels.flatten().long()
         known = reference_labels != UNKNOWN  # PML takes the unknowns for one more class
         classes, scores = self.detector.fit(reference[known], reference_labels[known]).predict(query)
@@ -78,4 +60,15 @@ class OpenSetAccuracyCalculator(AccuracyCalculator):
         # Ids from 0: PML's labels may be any integers.
         _, ids = np.unique(torch.cat([query_labels, classes]).cpu().numpy(), return_inverse=True)
         labels = np.where(unknown.cpu().numpy(), UNKNOWN, ids[: len(query_labels)])
-        return open_set_metrics(scores, labels, ids[len(query_labels) :])
+        return rank(scores, labels, ids[len(query_labels) :])
+
+
+def _calculates(name: str) -> Callable[..., float]:
+    def calculate(self, open_set: Ranking | None, **kwargs: Any) -> float:
+        return math.nan if open_set is None else RANK_METRICS[name](open_set)
+
+    return calculate
+
+
+for _name in OPEN_SET:  # PML finds its metrics by the names of the methods
+    setattr(OpenSetAccuracyCalculator, f"calculate_{_name}", _calculates(_name))

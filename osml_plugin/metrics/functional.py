@@ -1,7 +1,8 @@
 """Open-set metrics as pure functions of scores, labels and predictions; float64 inside, ties exact.
 
 `rank` sorts once; every threshold-free metric reads the `Ranking` that it returns. An item is accepted as known iff
-its score is at most τ, so only distinct scores can matter as τ, and counting at those makes ties exact.
+its score is at most τ, so only distinct scores can matter as τ, and counting at those makes ties exact. The metrics of
+decisions (`macro_f1` and so on) are those of `osml_plugin.metrics.decisions`.
 
 Inputs are NumPy arrays, lists, or torch tensors on any device, one value per item. Rank metrics are NaN unless there
 are both known and unknown items.
@@ -9,70 +10,51 @@ are both known and unknown items.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from dataclasses import dataclass
-from math import nan
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable
+from functools import partial
+from math import inf, nan, sqrt
 from typing import Literal
 
 import numpy as np
 
 from .. import UNKNOWN
 from ..errors import OsmlError
-from .checks import Values, check_labels, check_predictions, check_rejected, check_same_length, check_scores
+from .checks import Values, check_labels, check_predictions, check_same_length
+from .decisions import known_rejected, macro_f1, open_set_accuracy, opis, unknown_rejected
+from .ranking import BLOCK, Ranking, rank, thin
 
+__all__ = [
+    "RANK_METRICS",
+    "Ranking",
+    "aupr_known",
+    "aupr_unknown",
+    "auroc",
+    "autc",
+    "best_threshold",
+    "best_youden",
+    "ccr_at_fpr",
+    "closed_set_accuracy",
+    "detection_error",
+    "eer",
+    "fpr95",
+    "fpr_at_tpr",
+    "known_rejected",
+    "macro_f1",
+    "open_auc",
+    "open_set_accuracy",
+    "openness",
+    "opis",
+    "oscr",
+    "oscr_curve",
+    "precision_recall_curve",
+    "rank",
+    "roc_curve",
+    "thin",
+    "unknown_rejected",
+]
 
-@dataclass(frozen=True)
-class Ranking:
-    """How many items are accepted at each τ that can matter: M distinct scores, and one row for "none accepted"."""
-
-    tau: np.ndarray
-    """`(M + 1,)` float64: -inf (the row where nothing is accepted), then the distinct scores in ascending order."""
-    known: np.ndarray
-    """`(M + 1,)` int64: known items with score <= τ; 0 first, all known items last."""
-    unknown: np.ndarray
-    """`(M + 1,)` int64: unknown items with score <= τ."""
-    correct: np.ndarray
-    """`(M + 1,)` int64: known items with score <= τ whose predicted class is their own."""
-
-    @property
-    def n_known(self) -> int:
-        return int(self.known[-1])
-
-    @property
-    def n_unknown(self) -> int:
-        return int(self.unknown[-1])
-
-    @property
-    def has_both(self) -> bool:
-        return self.n_known > 0 and self.n_unknown > 0
-
-
-def rank(scores: Values, labels: Values, predictions: Values) -> Ranking:
-    """Sort the items by score and count them at each distinct score. O(N log N).
-
-    Args:
-        scores: `(N,)` unknown scores, higher = more unknown; infinities allowed.
-        labels: `(N,)` int, the true known class (from 0) or `UNKNOWN`.
-        predictions: `(N,)` int, the closed-set class of each item; read for known items only.
-
-    Raises:
-        OsmlError: empty input, wrong shapes or lengths, NaN scores, non-integer or too small labels or predictions.
-    """
-    scores, labels, predictions = check_scores(scores), check_labels(labels), check_predictions(predictions)
-    check_same_length(scores=scores, labels=labels, predictions=predictions)
-    order = np.argsort(scores)
-    # One byte an item (0 unknown, 1 known, 2 known and correct) keeps the gather in the cache.
-    kind = ((labels != UNKNOWN).astype(np.int8) + (labels == predictions))[order]
-    scores = scores[order]
-    last_of_ties = np.append(np.flatnonzero(scores[1:] != scores[:-1]), scores.size - 1)
-    known = np.cumsum(kind > 0)[last_of_ties]
-    correct = np.cumsum(kind == 2)[last_of_ties]
-    return Ranking(
-        tau=np.append(-np.inf, scores[last_of_ties]),
-        known=np.append(0, known),
-        unknown=np.append(0, last_of_ties + 1 - known),
-        correct=np.append(0, correct),
-    )
+Kind = Literal["known", "unknown"]
 
 
 def auroc(ranking: Ranking) -> float:
@@ -82,21 +64,31 @@ def auroc(ranking: Ranking) -> float:
     """
     if not ranking.has_both:
         return nan
-    return _twice_area(ranking.unknown, ranking.known) / (2 * ranking.n_unknown * ranking.n_known)
+    return _total(_twice_area, ranking.unknown, ranking.known) / (2 * ranking.n_unknown * ranking.n_known)
 
 
 def aupr_unknown(ranking: Ranking) -> float:
     """Average precision Σ (R_i − R_{i−1}) P_i with unknown = positive, by falling score, in [0, 1]."""
     if not ranking.has_both:
         return nan
-    return _average_precision(_rejected(ranking.unknown), _rejected(ranking.known))
+    n_unknown, n_known = ranking.n_unknown, ranking.n_known
+
+    def precision_sum(unknown: np.ndarray, known: np.ndarray) -> float:
+        rejected = n_unknown - unknown[:-1]  # with score >= the τ that the row ends at
+        return np.diff(unknown) @ (rejected / (rejected + (n_known - known[:-1])))
+
+    return float(_total(precision_sum, ranking.unknown, ranking.known) / n_unknown)
 
 
 def aupr_known(ranking: Ranking) -> float:
     """Average precision Σ (R_i − R_{i−1}) P_i with known = positive, by rising score, in [0, 1]."""
     if not ranking.has_both:
         return nan
-    return _average_precision(ranking.known, ranking.unknown)
+
+    def precision_sum(known: np.ndarray, unknown: np.ndarray) -> float:
+        return np.diff(known) @ (known[1:] / (known[1:] + unknown[1:]))
+
+    return float(_total(precision_sum, ranking.known, ranking.unknown) / ranking.n_known)
 
 
 def fpr95(ranking: Ranking) -> float:
@@ -108,7 +100,7 @@ def fpr95(ranking: Ranking) -> float:
     return fpr_at_tpr(ranking, 0.95)
 
 
-def fpr_at_tpr(ranking: Ranking, tpr: float, positive: Literal["known", "unknown"] = "known") -> float:
+def fpr_at_tpr(ranking: Ranking, tpr: float, positive: Kind = "known") -> float:
     """The false-positive rate, in [0, 1], where the true-positive rate first reaches `tpr`.
 
     Args:
@@ -121,16 +113,72 @@ def fpr_at_tpr(ranking: Ranking, tpr: float, positive: Literal["known", "unknown
     """
     if not 0 < tpr <= 1:
         raise OsmlError(f"tpr must be above 0 and at most 1, not {tpr}: 0.95 is the usual one")
-    if positive not in ("known", "unknown"):
-        raise OsmlError(f"positive must be 'known' or 'unknown', not '{positive}'")
+    _check_kind(positive)
     if not ranking.has_both:
         return nan
-    true, false = ranking.known, ranking.unknown
-    if positive == "unknown":
-        true, false = _rejected(ranking.unknown), _rejected(ranking.known)
+    n_known, n_unknown = ranking.n_known, ranking.n_unknown
     # count / total is rounded just as a decimal literal is, so 95 of 100 reaches 0.95; 0.95 * total may fall beside it.
-    reached = bisect_left(true, tpr, key=lambda count: count / true[-1])
-    return float(false[reached] / false[-1])
+    if positive == "known":
+        row = bisect_left(ranking.known, tpr, key=lambda accepted: accepted / n_known)
+        return float(ranking.unknown[row] / n_unknown)
+    # The last row that still rejects enough.
+    row = bisect_right(ranking.unknown, -tpr, key=lambda accepted: -(n_unknown - accepted) / n_unknown) - 1
+    return float((n_known - ranking.known[row]) / n_known)
+
+
+def eer(ranking: Ranking) -> float:
+    """The equal error rate, in [0, 1]: known items rejected = unknown items accepted, where the ROC curve with straight
+    lines between its points crosses the diagonal. Constant scores give 0.5."""
+    if not ranking.has_both:
+        return nan
+    n_known, n_unknown = ranking.n_known, ranking.n_unknown
+
+    def excess(row: int) -> int:
+        """Unknown accepted − known rejected, times both totals: rising from below 0 to above."""
+        return int(ranking.unknown[row]) * n_known - (n_known - int(ranking.known[row])) * n_unknown
+
+    row = bisect_left(range(ranking.tau.size), 0, key=excess)
+    before, after = excess(row - 1), excess(row)
+    start, end = int(ranking.unknown[row - 1]), int(ranking.unknown[row])
+    return (start + (end - start) * -before / (after - before)) / n_unknown
+
+
+def best_youden(ranking: Ranking) -> float:
+    """Youden's J = unknown rejected − known rejected at the τ where it is largest, in [0, 1] (Youden 1950)."""
+    if not ranking.has_both:
+        return nan
+    known, unknown = int(ranking.known[ranking.best_row]), int(ranking.unknown[ranking.best_row])
+    n_known, n_unknown = ranking.n_known, ranking.n_unknown
+    return (known * n_unknown - unknown * n_known) / (n_known * n_unknown)
+
+
+def best_threshold(ranking: Ranking) -> float:
+    """The lowest τ that reaches `best_youden`; -inf, which stands for "all rejected", where no τ is better."""
+    return float(ranking.tau[ranking.best_row]) if ranking.has_both else nan
+
+
+def detection_error(ranking: Ranking) -> float:
+    """The least mean of the two error rates over all τ, in [0, 0.5]: (1 − J) / 2 (Liang et al. 2018, §4.2)."""
+    return (1 - best_youden(ranking)) / 2
+
+
+def autc(ranking: Ranking) -> float:
+    """The mean of the known rejected and of the unknown accepted, over all τ of the scores' range, in [0, 1]; lower is
+    better (Humblot-Renaux et al. 2023, "Beyond AUROC & co.", AUTC).
+
+    Exact, with the scores brought to [0, 1] by the smallest and the largest: (mean of known + 1 − mean of unknown) / 2.
+    Of all rank metrics this alone depends on more than the order. NaN where a score is infinite or all are the same.
+    """
+    low, span = float(ranking.tau[1]), float(ranking.tau[-1]) - float(ranking.tau[1])
+    if not ranking.has_both or not 0 < span < inf:
+        return nan
+
+    def score_sums(known: np.ndarray, unknown: np.ndarray, tau: np.ndarray) -> np.ndarray:
+        scores = (tau[1:] - low) / span
+        return np.array([np.diff(known) @ scores, np.diff(unknown) @ scores])
+
+    known, unknown = _total(score_sums, ranking.known, ranking.unknown, ranking.tau)
+    return float((known / ranking.n_known + 1 - unknown / ranking.n_unknown) / 2)
 
 
 def oscr(ranking: Ranking) -> float:
@@ -143,13 +191,67 @@ def oscr(ranking: Ranking) -> float:
     """
     if not ranking.has_both:
         return nan
-    return _twice_area(ranking.unknown, ranking.correct) / (2 * ranking.n_unknown * ranking.n_known)
+    return _total(_twice_area, ranking.unknown, ranking.correct) / (2 * ranking.n_unknown * ranking.n_known)
+
+
+def open_auc(ranking: Ranking) -> float:
+    """P(a known item is correct, and an unknown one scores strictly higher), in [0, `oscr`] (Wang et al. 2022,
+    "OpenAUC", eq. 7). As `oscr`, but a tie is a loss, as the paper writes it."""
+    if not ranking.has_both:
+        return nan
+
+    def wins(unknown: np.ndarray, correct: np.ndarray) -> int:
+        return int(np.diff(unknown) @ correct[:-1])
+
+    return _total(wins, ranking.unknown, ranking.correct) / (ranking.n_unknown * ranking.n_known)
+
+
+def ccr_at_fpr(ranking: Ranking, fpr: float) -> float:
+    """The largest share of known items accepted and correctly classified, in [0, 1], at a τ that accepts at most `fpr`,
+    in [0, 1], of the unknown ones: one point of `oscr_curve` (CCR@FPR of Dhamija et al. 2018; face recognition calls it
+    DIR@FAR, the open-set identification rate).
+
+    Raises:
+        OsmlError: `fpr` out of range.
+    """
+    if not 0 <= fpr <= 1:
+        raise OsmlError(f"fpr must be at least 0 and at most 1, not {fpr}: 0.01 is a usual one")
+    if not ranking.has_both:
+        return nan
+    row = bisect_right(ranking.unknown, fpr, key=lambda accepted: accepted / ranking.n_unknown) - 1
+    return float(ranking.correct[row] / ranking.n_known)
+
+
+def accuracy(ranking: Ranking) -> float:
+    """`closed_set_accuracy` from the ranking; NaN without known items."""
+    return float(ranking.correct[-1] / ranking.n_known) if ranking.n_known else nan
+
+
+RANK_METRICS: dict[str, Callable[[Ranking], float]] = {
+    "closed_set_accuracy": accuracy,
+    "auroc": auroc,
+    "aupr_unknown": aupr_unknown,
+    "aupr_known": aupr_known,
+    "fpr95": fpr95,
+    "oscr": oscr,
+    "fpr95_unknown_positive": partial(fpr_at_tpr, tpr=0.95, positive="unknown"),
+    "open_auc": open_auc,
+    "ccr_at_fpr_0_1": partial(ccr_at_fpr, fpr=0.1),
+    "ccr_at_fpr_0_01": partial(ccr_at_fpr, fpr=0.01),
+    "ccr_at_fpr_0_001": partial(ccr_at_fpr, fpr=0.001),
+    "eer": eer,
+    "detection_error": detection_error,
+    "best_youden": best_youden,
+    "autc": autc,
+}
+"""The scalars that a ranking gives, by the name of their field in `OpenSetMetrics`."""
 
 
 def roc_curve(ranking: Ranking) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The points `(known rejected, unknown rejected, τ)`, each `(M + 1,)`, with τ falling: from (0, 0) to (1, 1).
 
     Unknown = positive: x is the false-positive and y the true-positive rate. τ = -inf stands for "all rejected".
+    `roc_curve(thin(ranking, 500))` has at most 500 points.
 
     Raises:
         OsmlError: no known or no unknown items.
@@ -162,11 +264,32 @@ def roc_curve(ranking: Ranking) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def oscr_curve(ranking: Ranking) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The points `(FPR, CCR, τ)` of `oscr`, each `(M + 1,)`, with τ rising: from (0, 0) to (1, closed-set accuracy).
 
+    Also known as the DIR@FAR curve.
+
     Raises:
         OsmlError: no known or no unknown items.
     """
     _require_both(ranking)
     return ranking.unknown / ranking.n_unknown, ranking.correct / ranking.n_known, ranking.tau
+
+
+def precision_recall_curve(ranking: Ranking, positive: Kind = "unknown") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The points `(recall, precision, τ)`, each `(M,)`, with rising recall, which ends at 1.
+
+    Args:
+        positive: "unknown": what is rejected (score > τ), with τ falling to -inf. "known": what is accepted, with τ
+            rising to the largest score.
+
+    Raises:
+        OsmlError: no known or no unknown items, or another `positive`.
+    """
+    _check_kind(positive)
+    _require_both(ranking)
+    if positive == "unknown":
+        true, false, tau = _rejected(ranking.unknown), _rejected(ranking.known), ranking.tau[::-1]
+    else:
+        true, false, tau = ranking.known, ranking.unknown, ranking.tau
+    return true[1:] / true[-1], true[1:] / (true[1:] + false[1:]), tau[1:]
 
 
 def closed_set_accuracy(labels: Values, predictions: Values) -> float:
@@ -177,51 +300,20 @@ def closed_set_accuracy(labels: Values, predictions: Values) -> float:
     return float(np.count_nonzero(labels == predictions) / known) if known else nan
 
 
-def macro_f1(labels: Values, predictions: Values, rejected: Values) -> float:
-    """The mean over classes of F1 = 2 TP / (items of the class + items called so), in [0, 1], unknown being a class.
+def openness(n_known_classes: int, n_unknown_classes: int) -> float:
+    """1 − √(2 K / (2 K + U)), in [0, 1), of a test with K known and U unknown classes: 0 is a closed set.
 
-    The classes are those that occur, among the labels or among the decisions (as in scikit-learn): a class of the
-    model that no item has and none was given does not count, and neither does unknown if nothing is or was called so.
+    Scheirer et al. 2013, "Toward open set recognition", 1 − √(2 · training / (testing + target classes)): training and
+    target classes are the known ones, testing ones are both kinds.
 
-    Args:
-        labels: `(N,)` int, the true known class or `UNKNOWN`.
-        predictions: `(N,)` int, the closed-set class of each item.
-        rejected: `(N,)` bool, True where the item was called unknown.
+    Raises:
+        OsmlError: no known class, or a negative number of unknown ones.
     """
-    labels, predictions, rejected = (
-        check_labels(labels),
-        check_predictions(predictions),
-        check_rejected(rejected),
-    )
-    check_same_length(labels=labels, predictions=predictions, rejected=rejected)
-    decided = np.where(rejected, UNKNOWN, predictions)
-    if max(labels.max(), decided.max()) < labels.size:
-        labels, decided = labels + 1, decided + 1
-    else:  # Class numbers too large to count by.
-        labels, decided = np.unique(np.stack((labels, decided)), return_inverse=True)[1].reshape(2, -1)
-    size = 1 + max(labels.max(), decided.max())
-    hits = np.bincount(labels[labels == decided], minlength=size)
-    items = np.bincount(labels, minlength=size) + np.bincount(decided, minlength=size)
-    occurs = items > 0
-    return float(np.mean(2 * hits[occurs] / items[occurs]))
-
-
-def known_rejected(labels: Values, rejected: Values) -> float:
-    """The share of known items that were called unknown, in [0, 1]; NaN without known items."""
-    return _share_rejected(labels, rejected, of_known=True)
-
-
-def unknown_rejected(labels: Values, rejected: Values) -> float:
-    """The share of unknown items that were called unknown, in [0, 1]; NaN without unknown items."""
-    return _share_rejected(labels, rejected, of_known=False)
-
-
-def _share_rejected(labels: Values, rejected: Values, of_known: bool) -> float:
-    labels, rejected = check_labels(labels), check_rejected(rejected)
-    check_same_length(labels=labels, rejected=rejected)
-    asked = (labels != UNKNOWN) == of_known
-    total = np.count_nonzero(asked)
-    return float(np.count_nonzero(rejected & asked) / total) if total else nan
+    if n_known_classes < 1 or n_unknown_classes < 0:
+        raise OsmlError(
+            f"openness needs at least 1 known class and 0 unknown ones, not {n_known_classes} and {n_unknown_classes}"
+        )
+    return 1 - sqrt(2 * n_known_classes / (2 * n_known_classes + n_unknown_classes))
 
 
 def _rejected(accepted: np.ndarray) -> np.ndarray:
@@ -229,13 +321,20 @@ def _rejected(accepted: np.ndarray) -> np.ndarray:
     return accepted[-1] - accepted[::-1]
 
 
+def _total(term: Callable, *columns: np.ndarray) -> float:
+    """Σ of `term` over the steps from each row to the next, a block of them at a time."""
+    blocks = range(0, columns[0].size - 1, BLOCK)
+    return sum(term(*(column[start : start + BLOCK + 1] for column in columns)) for start in blocks)
+
+
 def _twice_area(x: np.ndarray, y: np.ndarray) -> int:
-    """Twice the trapezoid area under y over x: a whole number, so exact, as long as it fits into 63 bits."""
+    """Twice the trapezoid area under y over x: a whole number, so exact, as long as a block fits into 63 bits."""
     return int(np.diff(x) @ (y[1:] + y[:-1]))
 
 
-def _average_precision(true: np.ndarray, false: np.ndarray) -> float:
-    return float(np.diff(true) @ (true[1:] / (true[1:] + false[1:])) / true[-1])
+def _check_kind(positive: str) -> None:
+    if positive not in ("known", "unknown"):
+        raise OsmlError(f"positive must be 'known' or 'unknown', not '{positive}'")
 
 
 def _require_both(ranking: Ranking) -> None:

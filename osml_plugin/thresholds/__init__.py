@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from .base import Threshold, registry
+from .class_conformal import ClassConformal
 from .conformal import Conformal, Guarantee, guarantee, p_values
 from .drift import Drift, DriftWatch, drift
+from .eer import EER
+from .fdr import select_unknown
 from .fixed import Fixed
 from .max_f1 import MaxF1
 from .quantile import Quantile
 from .target_rate import TargetRate
+from .youden import Youden
 
 create = registry.create
 names = registry.names
 
 __all__ = [
+    "EER",
+    "ClassConformal",
     "Conformal",
     "Drift",
     "DriftWatch",
@@ -23,9 +29,11 @@ __all__ = [
     "Quantile",
     "TargetRate",
     "Threshold",
+    "Youden",
     "create",
     "drift",
     "guarantee",
     "names",
     "p_values",
+    "select_unknown",
 ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar, final
 
 import numpy as np
@@ -15,13 +17,21 @@ registry: Registry[Threshold] = Registry("threshold")
 
 
 class Threshold(Named):
-    """A subclass has a keyword-only `__init__` that keeps each argument under its own name, and writes `_tau`."""
+    """A subclass has a keyword-only `__init__` that keeps each argument under its own name, and writes `_tau`; one that
+    differs by class writes `_fit` instead, which sets `tau`, `taus` and `pooled`."""
 
     registry = registry
     needs_unknown: ClassVar[bool] = False
     """Whether `fit` needs validation items of both kinds (`is_unknown`); otherwise known items are enough."""
+    by_class: ClassVar[bool] = False
+    """Whether `fit` needs the nearest class of each item."""
 
     tau: float | None = None
+    """τ of every class that has none of its own."""
+    taus: Mapping[int, float] = MappingProxyType({})
+    """τ of each class that has one of its own; where there are some, `decide` needs the nearest class of each item."""
+    pooled: tuple[int, ...] = ()
+    """Of these, classes with too few items for a promise of their own, which share one τ."""
 
     @final
     def fit(
@@ -49,33 +59,68 @@ class Threshold(Named):
                 f"threshold '{self.name}' is chosen on known and unknown items, and there are no unknown ones: "
                 "name pseudo-unknown classes in the split, or use the threshold 'conformal'"
             )
-        tau = float(self._tau(np.sort(scores[~is_unknown]), np.sort(scores[is_unknown])))
-        if tau == -math.inf:
-            raise OsmlError(f"threshold '{self.name}' would be minus infinity: look at what made such scores")
-        self.tau = tau
+        of_known = self._checked_classes(classes, len(scores))[~is_unknown] if self.by_class else None
+        self._fit(scores[~is_unknown], scores[is_unknown], of_known)
         return self
 
     @final
     def decide(self, scores: ArrayLike, classes: ArrayLike | None = None) -> np.ndarray:
-        """Which items are unknown: bool `(N,)`."""
+        """Which items are unknown: bool `(N,)`. `classes` `(N,)`: the nearest known class of each, where τ differs."""
         self._check_fitted()
-        return checked_scores(scores) > self.tau
+        scores = checked_scores(scores)
+        if not self.taus:
+            return scores > self.tau
+        return scores > self.tau_of(self._checked_classes(classes, len(scores)))
+
+    def tau_of(self, classes: ArrayLike) -> np.ndarray:
+        """τ `(N,)` of items with these nearest classes `(N,)`."""
+        self._check_fitted()
+        distinct, of = np.unique(np.asarray(classes), return_inverse=True)
+        return np.array([self.taus.get(int(c), self.tau) for c in distinct], dtype=np.float64)[of]
 
     def state(self) -> dict:
-        """All of it, as JSON: name, parameters, and τ (null = infinite: nothing is rejected). Needs `fit` first."""
+        """All of it, as JSON: name, parameters, and τ (null = infinite: nothing is rejected), by class where there are
+        several. Needs `fit` first."""
         self._check_fitted()
-        return {"name": self.name, "params": self.params, "tau": None if self.tau == math.inf else self.tau}
+        state = {"name": self.name, "params": self.params, "tau": written(self.tau)}
+        if self.taus:
+            state["taus"] = {str(c): written(tau) for c, tau in sorted(self.taus.items())}
+            state["pooled"] = list(self.pooled)
+        return state
 
     @staticmethod
     def from_state(state: dict) -> Threshold:
         """The threshold whose `state()` this is."""
         threshold = registry.create(state["name"], **state["params"])
-        threshold.tau = math.inf if state["tau"] is None else checked_number("tau", state["tau"])
+        threshold.tau = read(state["tau"])
+        threshold.taus = {int(c): read(tau) for c, tau in state.get("taus", {}).items()}
+        threshold.pooled = tuple(state.get("pooled", ()))
         return threshold
 
     def _check_fitted(self) -> None:
         if self.tau is None:
             raise OsmlError(f"threshold '{self.name}' is not fitted: call fit(scores) first")
+
+    def _checked_classes(self, classes: ArrayLike | None, n: int) -> np.ndarray:
+        if classes is None:
+            raise OsmlError(f"threshold '{self.name}' differs by class: give the nearest class of each item as well")
+        classes = classes.detach().cpu().numpy() if hasattr(classes, "detach") else np.asarray(classes)
+        if classes.shape != (n,) or not (np.issubdtype(classes.dtype, np.integer) or not n):
+            raise OsmlError(
+                f"classes must be whole numbers of shape ({n},), one for each score; got {classes.dtype} of shape "
+                f"{classes.shape}"
+            )
+        return classes
+
+    def _checked_tau(self, tau: float) -> float:
+        if tau == -math.inf:
+            raise OsmlError(f"threshold '{self.name}' would be minus infinity: look at what made such scores")
+        return float(tau)
+
+    def _fit(self, known: np.ndarray, unknown: np.ndarray, classes: np.ndarray | None) -> None:
+        """Fit on scores of known items (at least one) and of unknown ones; `classes`: the nearest class of each of the
+        known, `by_class`."""
+        self.tau = self._checked_tau(self._tau(np.sort(known), np.sort(unknown)))
 
     def _tau(self, known: np.ndarray, unknown: np.ndarray) -> float:
         """τ, from the sorted scores of known (at least one) and unknown items."""
@@ -102,3 +147,32 @@ def checked_rate(what: str, rate: float) -> float:
 def just_below(score: float) -> float:
     """The largest τ that still rejects an item of this score; scores are float32, so one step of float32."""
     return float(np.nextafter(np.float32(score), np.float32(-np.inf)))
+
+
+def checked_p_values(p_values: ArrayLike) -> np.ndarray:
+    """p-values `(N,)` as float64; OsmlError for another shape and for values outside (0, 1]."""
+    p = np.asarray(p_values, dtype=np.float64)
+    if p.ndim != 1 or not ((p > 0) & (p <= 1)).all():
+        raise OsmlError(
+            f"p-values must be of shape (items,) and within (0, 1]; got shape {p.shape}"
+            + (f" with values from {p.min():g} to {p.max():g}" if p.size else "")
+        )
+    return p
+
+
+def cuts(known: np.ndarray, unknown: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Every τ that decides differently on these sorted scores, ascending, from one that rejects all to one that rejects
+    none; and the numbers of known and of unknown items that each rejects."""
+    taus = np.unique(np.concatenate([known, unknown]))
+    taus = np.concatenate([[just_below(taus[0])], taus])
+    return taus, *(len(of) - np.searchsorted(of, taus, side="right") for of in (known, unknown))
+
+
+def written(tau: float) -> float | None:
+    """τ as JSON has it: null where it is infinite."""
+    return None if tau == math.inf else tau
+
+
+def read(tau: float | None) -> float:
+    """The τ that `written` wrote."""
+    return math.inf if tau is None else checked_number("tau", tau)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import beta
 
+from ..errors import OsmlError
 from .base import Threshold, checked_rate, checked_scores
+from .cells import Cell, cells_of
+from .ranks import conformal_rank, enough, fewest, p_values
+
+__all__ = ["Conformal", "Guarantee", "conformal_rank", "guarantee", "p_values"]
 
 
 class Conformal(Threshold, name="conformal"):
@@ -17,14 +24,82 @@ class Conformal(Threshold, name="conformal"):
     A new known item, exchangeable with these, is then rejected with probability at most α (Vovk et al. 2005;
     Angelopoulos & Bates 2023, theorem 1), whatever the detector and the data. Fewer than 1/α − 1 items cannot
     carry the promise: τ is then infinite and nothing is rejected.
+
+    Classes that are enrolled later get a τ of their own by `fit_enrolled`, never below this one: so the promise to the
+    items of the other classes holds whatever is enrolled.
     """
+
+    _general: Cell | None = None
+    _cells: Mapping[int, Cell] = MappingProxyType({})
+    _enrolled: frozenset[int] = frozenset()
 
     def __init__(self, *, alpha: float = 0.05):
         self.alpha = checked_rate("alpha", alpha)
 
-    def _tau(self, known: np.ndarray, unknown: np.ndarray) -> float:
-        rank = conformal_rank(len(known), self.alpha)
-        return known[rank - 1] if rank <= len(known) else np.inf
+    def _fit(self, known: np.ndarray, unknown: np.ndarray, classes: np.ndarray | None) -> None:
+        self._calibration, self._groups = known, [len(known)]
+        self._take(Cell(known), {}, ())
+
+    def fit_enrolled(self, scores: ArrayLike, classes: ArrayLike, enrolled: Iterable[int]) -> Conformal:
+        """Give enrolled classes a τ of their own, on top of a `fit` on the calibration items of the others.
+
+        A class with at least 1/α − 1 scores has its own conformal τ; those with fewer share that of all their scores.
+        Where these are too few as well nothing is promised, and τ is the largest of them. No τ is below the one that
+        all calibration items ask for.
+
+        The scores are cross-conformal (Vovk 2015): each of an example by a detector that was fitted without it. Of new
+        items of an enrolled class that are nearest to it about α are rejected. Less is proven, and only for detectors
+        whose scores more references never raise (`knn`): 2α + (1 − K/n) / (K + 1) for n examples in K folds, 2α where
+        each example is a fold (Barber et al. 2021, theorems 1 and 4). Others rely on being stable.
+
+        Args:
+            scores: `(M,)` of enrolled examples.
+            classes: `(M,)` the nearest class of each; those nearest to a class that was not enrolled are left out.
+            enrolled: the classes that were enrolled, those without a score included.
+        """
+        self._check_scores()
+        scores, enrolled = checked_scores(scores), frozenset(enrolled)
+        classes = self._checked_classes(classes, len(scores))
+        cells, pooled = cells_of(scores, classes, enrolled, self.alpha, floor=self._calibration, bound=True)
+        pooled = (*pooled, *(c for c in self.pooled if c not in enrolled))
+        self._take(self._general, {**self._cells, **cells}, pooled, enrolled)
+        return self
+
+    def p_values(self, scores: ArrayLike, classes: ArrayLike | None = None) -> np.ndarray:
+        """Conformal p-values `(N,)` given the nearest class of each item; p ≤ α and rejected are the same thing."""
+        self._check_scores()
+        scores = checked_scores(scores)
+        p = self._general.p_values(scores, self.alpha)
+        if self._cells:
+            classes = self._checked_classes(classes, len(scores))
+            for c in np.unique(classes):
+                if c in self._cells:
+                    p[classes == c] = self._cells[c].p_values(scores[classes == c], self.alpha)
+        return p
+
+    def guarantee(self) -> Guarantee:
+        """What the calibration items promise of the classes that they are of; enrolled ones are not among these."""
+        self._check_scores()
+        confidence = 1 - 0.05 / len(self._groups)  # of all groups at once (Bonferroni)
+        worst = max((guarantee(n, self.alpha, confidence=confidence) for n in self._groups), key=lambda g: g.at_most)
+        return replace(worst, groups=len(self._groups), enrolled=len(self._enrolled))
+
+    def _check_scores(self) -> None:
+        """What `from_state` brings back decides, and has no scores."""
+        if self._general is None:
+            raise OsmlError(f"threshold '{self.name}' has no calibration scores: call fit(scores) first")
+
+    def _take(
+        self,
+        general: Cell,
+        cells: Mapping[int, Cell],
+        pooled: tuple[int, ...],
+        enrolled: frozenset[int] = frozenset(),
+    ) -> None:
+        tau = self._checked_tau(general.tau(self.alpha))
+        taus = {c: self._checked_tau(cell.tau(self.alpha)) for c, cell in cells.items()}
+        self._general, self._cells, self._enrolled = general, cells, enrolled
+        self.tau, self.taus, self.pooled = tau, taus, tuple(sorted(pooled))
 
 
 @dataclass(frozen=True)
@@ -37,40 +112,46 @@ class Guarantee:
     """The rate to expect over all calibration sets of this size; at most α."""
     at_most: float
     """With 95 % confidence the rate of **this** calibration set is at most this."""
+    groups: int = 1
+    """Classes with a τ of their own, and pools of classes; where there are several, the above are of the worst, and the
+    confidence is that all of them keep to `at_most`."""
+    pooled: tuple[str, ...] = ()
+    """Classes without a promise of their own."""
+    enrolled: int = 0
+    """Classes that were enrolled, whose own examples set their τ: of them nothing above is said."""
 
     @property
     def possible(self) -> bool:
         """Whether there are enough items for any promise; without it nothing is rejected."""
-        return conformal_rank(self.n, self.alpha) <= self.n
+        return enough(self.n, self.alpha)
 
     def __str__(self) -> str:
         if not self.possible:
-            needed = int(np.ceil(np.round(1 / self.alpha - 1, 9)))
             return (
-                f"nothing is rejected: at {self.alpha:.1%} at least {needed} calibration items are needed, and there "
-                f"are {self.n}; give more images, or a larger alpha"
+                f"nothing is rejected: at {self.alpha:.1%} at least {fewest(self.alpha)} calibration items are needed, "
+                f"and there are {self.n}; give more images, or a larger alpha"
             )
-        return (
-            f"at most {self.alpha:.1%} of known items rejected on average ({self.n} calibration items); "
-            f"for this calibration set at most {self.at_most:.1%} with 95 % confidence"
-        )
+        if self.groups == 1:
+            text = (
+                f"at most {self.alpha:.1%} of known items rejected on average ({self.n} calibration items); "
+                f"for this calibration set at most {self.at_most:.1%} with 95 % confidence"
+            )
+        else:
+            text = (
+                f"at most {self.alpha:.1%} of known items rejected on average, whichever class is nearest; for this "
+                f"calibration set at most {self.at_most:.1%} in the worst of {self.groups} groups ({self.n} items) "
+                "with 95 % confidence"
+            )
+        if self.enrolled:
+            text += f"; enrolled classes: about {self.alpha:.1%} of what is nearest to them"
+        if self.pooled:
+            text += f"; pooled, for want of items: {', '.join(self.pooled)}"
+        return text
 
 
-def guarantee(n: int, alpha: float) -> Guarantee:
+def guarantee(n: int, alpha: float, *, confidence: float = 0.95) -> Guarantee:
     """The rejection rate given the calibration set is Beta(n + 1 − r, r), r = ⌈(n+1)(1−α)⌉ (Vovk 2012)."""
     rank = conformal_rank(n, alpha)
     if rank > n:
         return Guarantee(alpha, n, 0.0, 0.0)
-    return Guarantee(alpha, n, (n + 1 - rank) / (n + 1), float(beta.ppf(0.95, n + 1 - rank, rank)))
-
-
-def conformal_rank(n: int, alpha: float) -> int:
-    """⌈(n+1)(1−α)⌉, safe from floating point: (19+1)(1−0.05) is 19, not 19.000000000000004 and so 20."""
-    return max(1, int(np.ceil(np.round((n + 1) * (1 - alpha), 9))))
-
-
-def p_values(scores: ArrayLike, calibration_scores: ArrayLike) -> np.ndarray:
-    """(1 + #{calibration scores ≥ score}) / (n + 1) for each score: how usual it would be for a known item."""
-    calibration = np.sort(checked_scores(calibration_scores))
-    at_least = len(calibration) - np.searchsorted(calibration, checked_scores(scores), side="left")
-    return (1 + at_least) / (len(calibration) + 1)
+    return Guarantee(alpha, n, (n + 1 - rank) / (n + 1), float(beta.ppf(confidence, n + 1 - rank, rank)))

@@ -12,9 +12,8 @@ from scipy.optimize import brentq
 from scipy.special import xlogy
 from scipy.stats import norm
 
-from ..errors import OsmlError
 from ..registry import checked_count
-from .base import checked_rate
+from .base import checked_p_values, checked_rate
 
 FEWEST = 30
 """Usable p-values below which nothing is said: the intervals rest on the normal law of a mean."""
@@ -82,7 +81,7 @@ def drift(
     """
     alpha, above = checked_rate("alpha", alpha), checked_rate("above", above)
     confidence = checked_rate("confidence", confidence)
-    p = _checked(p_values)
+    p = checked_p_values(p_values)
     if n_calibration is None:
         y, cut, variance_of_calibration = -np.log(p[p > above]), above, 0.0
     else:
@@ -129,7 +128,7 @@ class DriftWatch:
 
     def add(self, p_values: ArrayLike) -> None:
         """Take `(N,)` p-values of items in the order in which they came."""
-        p = _checked(p_values)
+        p = checked_p_values(p_values)
         self._latest.extend(p[p > self.above].tolist())
 
     def drift(self) -> Drift | None:
@@ -141,16 +140,6 @@ class DriftWatch:
             confidence=self.confidence,
             n_calibration=self.n_calibration,
         )
-
-
-def _checked(p_values: ArrayLike) -> np.ndarray:
-    p = np.asarray(p_values, dtype=np.float64)
-    if p.ndim != 1 or not ((p > 0) & (p <= 1)).all():
-        raise OsmlError(
-            f"p-values must be of shape (items,) and within (0, 1]; got shape {p.shape}"
-            + (f" with values from {p.min():g} to {p.max():g}" if p.size else "")
-        )
-    return p
 
 
 def _mean(gamma: float, length: float) -> float:
