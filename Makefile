@@ -19,6 +19,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)  ## speed and quality against peers, as ratios; minutes
 	$(BIN)/python benchmarks/metrics.py
+	$(BIN)/python benchmarks/detectors.py
+	$(BIN)/python benchmarks/openmax.py
+	$(BIN)/python benchmarks/jacobian.py
 	$(BIN)/python benchmarks/discovery.py
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/gallery.py

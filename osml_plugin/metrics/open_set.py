@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from math import isfinite
+from math import isfinite, nan
 
 import numpy as np
 
@@ -104,7 +104,8 @@ def open_set_metrics(
     openness = None
     if n_unknown_classes is not None:
         labels = check_labels(labels)
-        openness = functional.openness(np.unique(labels[labels != UNKNOWN]).size, n_unknown_classes)
+        n_known_classes = np.unique(labels[labels != UNKNOWN]).size
+        openness = functional.openness(n_known_classes, n_unknown_classes) if n_known_classes else nan
     decided = None
     if rejected is not None:
         labels, predictions, rejected = check_labels(labels), check_predictions(predictions), check_rejected(rejected)
