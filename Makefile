@@ -8,8 +8,10 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP)  ## the whole line on real images: sweep, promote, serve, recognise, group and name over HTTP, test
 	$(BIN)/python examples/demo.py $(ARGS)
 
+# A thread for each process: more would wait for one another, actively.
+test: export OMP_NUM_THREADS = 1
 test: $(STAMP)  ## all tests, two files of them at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: $(STAMP)  ## what takes minutes: ten thousand mutated requests, replicas killed again and again
 	$(BIN)/python -m pytest -m long

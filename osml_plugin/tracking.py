@@ -67,8 +67,9 @@ def check_tracking(uri: str, timeout: float = 8) -> None:
         _check_sqlite_file(uri)
     failed: list[Exception] = []
     probe = threading.Thread(target=_probe, args=(uri, failed), daemon=True)
-    with mlflow_calls(uri, retries=0, timeout=timeout):
-        # In a thread: neither name resolution nor a server that sends a byte now and then keeps to a timeout.
+    # In a thread: neither name resolution nor a server that sends a byte now and then keeps to a timeout. That of the
+    # call is longer, so that it is always this one that says so.
+    with mlflow_calls(uri, retries=0, timeout=2 * timeout):
         probe.start()
         probe.join(None if local else timeout)
     if probe.is_alive():

@@ -450,7 +450,7 @@ BAD_MULTIPART = {
     "expected 1 to 4 images": "--b--\r\n",
     "Too many files": part() * 5 + "--b--\r\n",
     "Too many fields": part('form-data; name="a"') * 3 + "--b--\r\n",
-    "got the field 'files'": part('form-data; name="files"') + "--b--\r\n",
+    "files=@image.jpg": part('form-data; name="files"') + "--b--\r\n",
     "got the field 'file'": part('form-data; name="file"; filename="a"') + "--b--\r\n",
     "got the field 'x'": part() + part('form-data; name="x"', "1") + "--b--\r\n",
     "ends before its last boundary": part(),
