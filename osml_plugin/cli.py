@@ -127,7 +127,9 @@ def train(
         print(f"embedding  of the {best.output}")
         print(f"detector   {_call(recognizer.detector)}: validation OSCR {best.oscr:.3f}, AUROC {best.auroc:.3f}")
     else:
-        print(f"detector   {_call(recognizer.detector)}: the default, as there is no pseudo-unknown class to choose by")
+        asked = recognizer.details["config"]["detector"]["name"] != "auto"
+        why = "as asked" if asked else "the default, as there is no pseudo-unknown class to choose by"
+        print(f"detector   {_call(recognizer.detector)}: {why}")
     print(f"threshold  {_call(recognizer.threshold)}: τ = {recognizer.threshold.tau:.4g}")
     if recognizer.guarantee is not None and recognizer.guarantee.possible:
         print(f"promise    {recognizer.guarantee}")
@@ -167,11 +169,12 @@ def evaluate(
     if as_json:
         print_json(figures)
         return
+    parts = {part: figures.pop(part) or {} for part in ("thresholds", "discovery")}
     for name, value in figures.items():
-        if name != "discovery":
-            print(f"{name:22} {figure(value)}")
-    for name, value in (figures["discovery"] or {}).items():
-        print(f"{'discovery.' + name:22} {figure(value)}")
+        print(f"{name:22} {figure(value)}")
+    for part, values in parts.items():
+        for name, value in values.items():
+            print(f"{part + '.' + name:22} {figure(value)}")
     if report is not None:
         print(f"{'report':22} {report}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from . import UNKNOWN
 from .discovery import Discovery
 from .metrics import DiscoveryMetrics, OpenSetMetrics, discovery_metrics, open_set_metrics
 from .recognizer import OpenSetRecognizer, Recognition
+from .thresholds.base import written
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Evaluation:
     """Of the grouping of all items of unknown classes; None if there are none."""
     detector: str
     threshold: float
+    class_thresholds: dict[str, float]
+    """τ of the classes that have one of their own, by name; `threshold` is that of all others."""
     alpha: float | None
     """The share of known items that may be rejected; None where the threshold follows another rule."""
     recognition: Recognition
@@ -41,7 +43,8 @@ class Evaluation:
         return {
             **self.metrics.to_dict(),
             "detector": self.detector,
-            "threshold": None if math.isinf(self.threshold) else self.threshold,
+            "threshold": written(self.threshold),
+            "thresholds": {name: written(tau) for name, tau in self.class_thresholds.items()},
             "alpha": self.alpha,
             "discovery": None if self.discovery is None else self.discovery.to_dict(),
         }
@@ -76,6 +79,7 @@ def evaluate_embeddings(
         discovery=discovery,
         detector=recognizer.detector.name,
         threshold=recognizer.threshold.tau,
+        class_thresholds=recognizer.class_thresholds,
         alpha=recognizer.kept_rate,
         recognition=recognition,
         names=tuple(names),

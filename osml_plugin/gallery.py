@@ -138,6 +138,8 @@ class Gallery:
 
 
 def _check_name(name: str) -> None:
+    if not isinstance(name, str):
+        raise OsmlError(f"the name of a class is text; got {name!r}: write '{name}'")
     if not name or name != name.strip() or not name.isprintable():
         raise OsmlError(f"a class needs a name of printable characters without blanks at its ends; got {name!r}")
     if name == str(UNKNOWN):

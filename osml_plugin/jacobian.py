@@ -11,6 +11,7 @@ also grows with the scale of the embedder's weights. x is the network's input, a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
@@ -206,7 +207,8 @@ def _pushed_forward(f: Callable[[Tensor], Tensor], x: Tensor, directions: Tensor
     with _differentiated():
         for part in _parts(directions, chunk):
             repeated = x.repeat(len(part), *[1] * (x.ndim - 1))
-            with forward_ad.dual_level():
+            with forward_ad.dual_level(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # torch's own, of how it derives some functions
                 dual = forward_ad.make_dual(repeated, part.flatten(0, 1).to(repeated))
                 columns = forward_ad.unpack_dual(_embeddings(f, dual)).tangent
             if columns is None:

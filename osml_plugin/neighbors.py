@@ -172,10 +172,7 @@ class NeighborIndex:
             asked = min(k if self._exact else 2 * k + 8, among)
             candidates.append(row_of[cells.search(queries, wanted, asked, which)])
         candidates = torch.cat(candidates, dim=1) if len(candidates) > 1 else candidates[0]
-        rows = max(1, MAX_GATHERED // (max(candidates.shape[1], 1) * queries.shape[1]))
-        parts = zip(queries.split(rows), candidates.split(rows), strict=True)
-        distances = torch.cat([(q[:, None, :] - self.references[c]).norm(dim=2) for q, c in parts])
-        distances, order = distances.sort(dim=1, stable=True)
+        distances, order = _distances(queries, self.references, candidates).sort(dim=1, stable=True)
         return distances[:, :k], candidates.gather(1, order[:, :k])
 
     def _search_outside(self, queries: Tensor, k: int) -> Tensor:
@@ -348,6 +345,18 @@ def _nearest(queries: Tensor, references: Tensor, k: int) -> Tensor:
         indices.append(index + start)
     best = torch.cat(values, dim=1).topk(k, largest=False).indices
     return torch.cat(indices, dim=1).gather(1, best)
+
+
+def _distances(queries: Tensor, references: Tensor, rows: Tensor) -> Tensor:
+    """Distances `(N, K)` of each query to its own references, `rows` `(N, K)`, computed directly."""
+    if references.is_cuda:
+        size = max(1, MAX_GATHERED // (max(rows.shape[1], 1) * queries.shape[1]))
+        parts = zip(queries.split(size), rows.split(size), strict=True)
+        return torch.cat([(q[:, None, :] - references[r]).norm(dim=2) for q, r in parts])
+    found = np.empty(rows.shape, "f4")
+    arrays = [queries.contiguous().numpy(), references.numpy(), rows.contiguous().numpy()]
+    faiss.fvec_L2sqr_by_idx(*map(faiss.swig_ptr, [found, *arrays]), queries.shape[1], *rows.shape)
+    return torch.from_numpy(np.sqrt(found, out=found))
 
 
 def _rows_of(references: Tensor, rows: Tensor) -> Tensor:

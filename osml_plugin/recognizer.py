@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -135,30 +136,31 @@ class OpenSetRecognizer:
         Raises:
             OsmlError: for NaN, mismatched lengths or widths, `UNKNOWN` among the labels, fewer than two classes.
         """
-        data = self._labelled(embeddings, labels)
-        if calibration is None:
-            aside = _held_out(data.names, seed)
-            held = LabelledEmbeddings(data.embeddings[aside], tuple(data.names[i] for i in aside.nonzero()[0]))
-            data = LabelledEmbeddings(data.embeddings[~aside], tuple(data.names[i] for i in (~aside).nonzero()[0]))
-        else:
-            held = self._labelled(*calibration)
-        ids = _class_ids(labels)
-        if len(ids) < 2:
-            raise OsmlError(f"a recognizer needs at least two known classes; got {len(ids)}: {', '.join(ids)}")
-        self.gallery = Gallery(
-            embeddings=data.embeddings,
-            labels=torch.tensor([ids[n] for n in data.names]),
-            classes={i: n for n, i in ids.items()},
-            enrolled=torch.zeros(len(data), dtype=torch.bool),
-            next_id=max(ids.values()) + 1,
-        )
-        self.calibration = held
-        self.validation = self._labelled(*validation) if validation is not None else None
-        self.class_weights, self.proxy_ids = None, sorted(ids.values())
-        if class_weights is not None:
-            self.class_weights = check_class_weights(class_weights, len(ids), data.embeddings)
-        self._check_width(held.embeddings)
-        self.refit()
+        with self._all_or_nothing():
+            data = self._labelled(embeddings, labels)
+            if calibration is None:
+                aside = _held_out(data.names, seed)
+                held = LabelledEmbeddings(data.embeddings[aside], tuple(data.names[i] for i in aside.nonzero()[0]))
+                data = LabelledEmbeddings(data.embeddings[~aside], tuple(data.names[i] for i in (~aside).nonzero()[0]))
+            else:
+                held = self._labelled(*calibration)
+            ids = _class_ids(labels)
+            if len(ids) < 2:
+                raise OsmlError(f"a recognizer needs at least two known classes; got {len(ids)}: {', '.join(ids)}")
+            self.gallery = Gallery(
+                embeddings=data.embeddings,
+                labels=torch.tensor([ids[n] for n in data.names]),
+                classes={i: n for n, i in ids.items()},
+                enrolled=torch.zeros(len(data), dtype=torch.bool),
+                next_id=max(ids.values()) + 1,
+            )
+            self.calibration = held
+            self.validation = self._labelled(*validation) if validation is not None else None
+            self.class_weights, self.proxy_ids = None, sorted(ids.values())
+            if class_weights is not None:
+                self.class_weights = check_class_weights(class_weights, len(ids), data.embeddings)
+            self._check_width(held.embeddings)
+            self.refit()
         return self
 
     def enroll(self, name: str, examples: Sequence | ArrayLike) -> OpenSetRecognizer:
@@ -167,16 +169,16 @@ class OpenSetRecognizer:
         The threshold is fitted again. A conformal one gives the new class a τ of its own, by its examples: the classes
         of the training keep their rate, and the new one as well as its examples show how far it reaches.
         """
-        embeddings = self.embed(examples)
-        if len(embeddings) == 0:
-            raise OsmlError(f"no examples to enrol '{name}' from: give at least one image")
-        return self.learn({name: embeddings})
+        return self.learn({name: self.embed(examples)})
 
     def learn(self, examples: Mapping[str, Tensor]) -> OpenSetRecognizer:
         """Enrol embeddings `(M, D)` of several classes at once, as `embed` gives them.
 
         With a detector that is `incremental` this costs what the new examples cost.
         """
+        for name, embeddings in examples.items():
+            if len(embeddings) == 0:
+                raise OsmlError(f"no examples to enrol '{name}' from: give at least one image")
         before = self._fitted_gallery()
         after = before.add_all(examples)
         new = slice(len(before), None)
@@ -189,17 +191,21 @@ class OpenSetRecognizer:
         return self
 
     def forget(self, name: str) -> OpenSetRecognizer:
-        """Drop a class and all its references; what belongs to it is unknown from now on."""
+        """Drop a class and all its references; what belongs to it is unknown from now on, and a class that is enrolled
+        under its name later is another one."""
         before = self._fitted_gallery()
         gone = before.labels == before.id_of(name)
         self._change(before.remove(name), lambda: self.detector.without(before.embeddings[gone], before.labels[gone]))
+        self.calibration, self.validation = (_nameless(h, name) for h in (self.calibration, self.validation))
         return self
 
     def keep_rate(self, alpha: float) -> OpenSetRecognizer:
         """Fit a conformal threshold at another share of known items that may be rejected."""
         name = self.threshold.name if isinstance(self.threshold, Conformal) else "conformal"
-        self.threshold, self.alpha = thresholds.create(name, alpha=alpha), alpha
-        self.refit()
+        with self._all_or_nothing():
+            self.threshold = thresholds.create(name, alpha=alpha)
+            self.alpha = self.threshold.alpha
+            self._refit_threshold()
         return self
 
     @property
@@ -213,7 +219,7 @@ class OpenSetRecognizer:
         self._refit_threshold()
 
     def _refit_threshold(self) -> None:
-        gallery, threshold = self.gallery, self.threshold
+        gallery, threshold = self._fitted_gallery(), self.threshold
         self._score_known()
         if threshold.needs_unknown:
             self._fit_on_validation()
@@ -251,6 +257,12 @@ class OpenSetRecognizer:
         if isinstance(self.threshold, thresholds.TargetRate):
             return self.threshold.known_rejected
         return getattr(self.threshold, "alpha", None)
+
+    @property
+    def class_thresholds(self) -> dict[str, float]:
+        """The τ of each class that has one of its own, by name; that of all others is `threshold.tau`."""
+        taus = self.threshold.taus
+        return {name: taus[c] for c, name in sorted(self._fitted_gallery().classes.items()) if c in taus}
 
     @property
     def guarantee(self) -> Guarantee | None:
@@ -378,16 +390,20 @@ class OpenSetRecognizer:
         return LabelledEmbeddings(embeddings, names)
 
     def _change(self, gallery: Gallery, changed: Callable[[], Detector]) -> None:
-        """Take another gallery, and the detector that was `changed` for it, where that can be done; if anything refuses
-        it, all stays as it was."""
-        before = self.gallery
-        self.gallery = gallery
-        try:
+        """Take another gallery, and the detector that was `changed` for it, where that can be done."""
+        with self._all_or_nothing():
+            self.gallery = gallery
             self.detector = changed() if self._incremental else self._fitted_detector(gallery)
             self._refit_threshold()
-        except Exception:
-            self.gallery = before
-            self.refit()
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """If anything refuses the change made inside, or interrupts it, all stays as it was."""
+        before = {**self.__dict__, "threshold": copy(self.threshold)}  # a threshold is fitted in place
+        try:
+            yield
+        except BaseException:
+            self.__dict__.update(before)
             raise
 
     @property
@@ -446,6 +462,11 @@ class OpenSetRecognizer:
         if isinstance(self.threshold, Conformal):
             return self.threshold.p_values(scores, nearest)
         return thresholds.p_values(scores, self.calibration_scores)
+
+
+def _nameless(held: LabelledEmbeddings | None, name: str) -> LabelledEmbeddings | None:
+    """Held-out items with a name that no class can have in place of this one."""
+    return held and replace(held, names=tuple(f" {n}" if n == name else n for n in held.names))
 
 
 def _class_ids(labels: Sequence | ArrayLike) -> dict[str, int]:

@@ -33,6 +33,20 @@ def checked_number(what: str, value: Any) -> float:
     return float(value)
 
 
+def checked_positive(what: str, value: Any) -> float:
+    """A finite number above 0, as a float."""
+    if checked_number(what, value) <= 0:
+        raise OsmlError(f"{what} must be above 0; got {value!r}")
+    return float(value)
+
+
+def checked_not_negative(what: str, value: Any) -> float:
+    """A finite number of at least 0, as a float."""
+    if checked_number(what, value) < 0:
+        raise OsmlError(f"{what} must be at least 0; got {value!r}")
+    return float(value)
+
+
 def checked_count(what: str, value: Any) -> int:
     """A whole number of at least 1; a bool is none."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:

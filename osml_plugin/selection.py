@@ -60,10 +60,10 @@ class Scored:
 
 
 def candidates(names: Sequence[str] | None = None) -> list[tuple[str, dict[str, Any]]]:
-    """Every detector (or the named ones) with every combination of its search space."""
-    found = []
-    for name in names or detectors.names():
-        space = detectors.registry.get(name).search_space
+    """The named detectors, else all that are `tried_by_auto`, with every combination of their search spaces."""
+    registry, found = detectors.registry, []
+    for name in names or [name for name in detectors.names() if registry.get(name).tried_by_auto]:
+        space = registry.get(name).search_space
         found += [(name, dict(zip(space, values, strict=True))) for values in product(*space.values())]
     return found
 

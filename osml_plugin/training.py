@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from pytorch_metric_learning.trainers import MetricLossOnly
-from torch import distributed, nn
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -204,8 +204,6 @@ def rotation_task(model: EmbeddingModel, example: torch.Tensor, config: Config) 
     if config.model.frozen or example.ndim != 3 or example.shape[1] != example.shape[2]:
         found = "the trunk is frozen" if config.model.frozen else f"these inputs have the shape {tuple(example.shape)}"
         raise OsmlError(f"training.rotation teaches the trunk by turning square images, and {found}: set it to 0")
-    if distributed.is_available() and distributed.is_initialized():
-        raise OsmlError("training.rotation is for one process: set it to 0, or train with one worker")
     return RotationTask(feature_width(model.trunk, example[None]))
 
 

@@ -207,7 +207,10 @@ class ModelOut(_Answer):
     pending: str | None = Field(description="A version that is being prepared.")
     pending_progress: float | None
     alpha: float | None = Field(description="The share of known items that may be rejected.")
-    threshold: float | None
+    threshold: float | None = Field(description="τ of classes that have none of their own; null where it is infinite.")
+    thresholds: dict[str, float | None] = Field(
+        default={}, description="τ of each class that has one of its own, by name; null where it is infinite."
+    )
     detector: str
     guarantee: str | None
     input: Literal["images", "embeddings"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import math
+import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -26,6 +28,7 @@ from osml_plugin.cli import main
 from osml_plugin.embedding import EmbeddingModel
 from osml_plugin.jacobian import JacobianDetector, estimate_jacobian_norm, jacobian_norm
 from osml_plugin.jacobian_diagnostics import Diagnosis, Diagnostics
+from osml_plugin.report.jacobian import write_jacobian
 
 SPLIT = {"known": ["0", "1", "2", "3", "4"], "pseudo_unknown": ["5", "6"], "unknown": ["7", "8", "9"]}
 
@@ -398,6 +401,28 @@ def test_without_its_checkpoints_the_final_model_is_shown(osml, trained, digits_
     status, said, err = osml("jacobian", tmp_path / "alone", "--data", digits_folder, "--max-items", 10, "--out", out)
     assert status == 0 and "no checkpoints beside this bundle" in err and "final" in said
     assert sorted(p.name for p in out.iterdir()) == ["histogram.png", "jacobian.json"]
+
+
+def test_the_pictures_of_another_model_do_not_stay(trained, digits_folder, tmp_path, monkeypatch):
+    many = commands.jacobian(trained, digits_folder, max_items=10, n_projections=2, progress=False)
+    alone = commands.jacobian(
+        OpenSetRecognizer.load(trained), digits_folder, max_items=10, n_projections=2, progress=False
+    )
+    (tmp_path / "notes.txt").write_text("the user's own")
+    write_jacobian(tmp_path, many)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    replace = os.replace
+
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OsmlError, match=r"cannot write to .*: No space left on device; choose another --out"):
+        write_jacobian(tmp_path, alone)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    monkeypatch.setattr(os, "replace", replace)
+    write_jacobian(tmp_path, alone)
+    assert {p.name for p in tmp_path.iterdir()} == {"histogram.png", "jacobian.json", "notes.txt"}
 
 
 def test_no_unknown_items(trained, digits_folder, tmp_path):

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pytorch_metric_learning import distances, reducers, regularizers
+from pytorch_metric_learning import distances, miners, reducers, regularizers, samplers
 from pytorch_metric_learning.losses import CrossBatchMemory, MultipleLosses, SelfSupervisedLoss
+from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
+from pytorch_metric_learning.trainers import MetricLossOnly
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
-from torch import Tensor, nn
+from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn.functional import normalize
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import TensorDataset
 
 from osml_plugin import UNKNOWN, OsmlError
 from osml_plugin.losses import (
@@ -321,7 +329,106 @@ def test_reducers_regularizers_and_statistics(cls):
     for part in by_name.values():
         assert part["losses"].shape == (24,) and part["indices"].tolist() == list(range(24))
     torch.testing.assert_close(sum(part["losses"].mean() for part in by_name.values()), plain)
-    made(cls, reducer=reducers.ClassWeightedReducer(torch.ones(C)))(embeddings, labels)
+
+
+@pytest.mark.parametrize("cls", [*WITH_WEIGHTS, PrototypicalLoss])
+def test_every_reducer_that_takes_items(cls):
+    embeddings, labels = batch(dtype=torch.float32)
+    parts = made(cls, reducer=reducers.DoNothingReducer())(embeddings, labels).values()
+    embeddings.requires_grad_()
+    low, weights = min(part["losses"].max().item() for part in parts) / 2, torch.arange(1.0, C + 1)
+    expected = {
+        reducers.MeanReducer(): lambda v, y: v.mean(),
+        reducers.SumReducer(): lambda v, y: v.sum(),
+        reducers.AvgNonZeroReducer(): lambda v, y: v[v > 0].mean(),
+        reducers.ThresholdReducer(low=low): lambda v, y: v[v > low].mean(),
+        reducers.ClassWeightedReducer(weights): lambda v, y: (v * weights[y]).mean(),
+        reducers.PerAnchorReducer(): lambda v, y: v.mean(),
+    }
+    for reducer, of in expected.items():
+        value = made(cls, reducer=reducer)(embeddings, labels)
+        (grad,) = torch.autograd.grad(value, embeddings, retain_graph=True)
+        assert grad.any()
+        total = sum(of(part["losses"], labels[part["indices"]]) for part in parts)
+        torch.testing.assert_close(value, total)
+    names = made(cls).sub_loss_names()
+    mixed = reducers.MultipleReducers({name: reducers.SumReducer() for name in names})
+    torch.testing.assert_close(made(cls, reducer=mixed)(embeddings, labels), sum(p["losses"].sum() for p in parts))
+
+
+def test_the_weight_of_unknown_items_is_the_last():
+    embeddings, labels = batch(dtype=torch.float32)
+    labels[::3] = UNKNOWN
+    losses = made(MarginOneVsRestLoss, reducer=reducers.DoNothingReducer())(embeddings, labels)["loss"]
+    weights = torch.tensor([1.0] * C + [5.0])
+    value = made(MarginOneVsRestLoss, reducer=reducers.ClassWeightedReducer(weights))(embeddings, labels)
+    of = torch.where(labels[losses["indices"]] == UNKNOWN, 5.0, 1.0)
+    torch.testing.assert_close(value, (losses["losses"] * of).mean())
+
+
+@pytest.mark.parametrize("cls", [*WITH_WEIGHTS, PrototypicalLoss])
+def test_copies_and_states_are_whole(cls, tmp_path):
+    loss, (embeddings, labels) = made(cls), batch(dtype=torch.float32)
+    value = loss(embeddings, labels)
+    torch.save(loss, tmp_path / "loss.pt")
+    copies = [deepcopy(loss), torch.load(tmp_path / "loss.pt", weights_only=False)]
+    other = cls() if cls is PrototypicalLoss else cls(C, D)
+    other.load_state_dict(loss.state_dict())
+    for copy in (*copies, other):
+        assert copy(embeddings, labels) == value
+    for parameter in copies[0].parameters():
+        parameter.data.add_(1)
+    assert loss(embeddings, labels) == value
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_labels_of_any_whole_type(dtype):
+    embeddings, labels = batch(dtype=torch.float32)
+    for cls in [*WITH_WEIGHTS, PrototypicalLoss]:
+        assert made(cls)(embeddings, labels.to(dtype)) == made(cls)(embeddings, labels)
+
+
+@pytest.mark.parametrize("cls", WITH_WEIGHTS)
+@pytest.mark.parametrize("label", [C, -2, -100])
+def test_a_label_that_is_no_classs_number_is_refused(cls, label):
+    embeddings, labels = batch(dtype=torch.float32)
+    labels[3] = label
+    with pytest.raises(OsmlError, match=f"{cls.__name__} takes labels from 0 to 4, and -1 .*; got {label}: number"):
+        made(cls)(embeddings, labels)
+
+
+@pytest.mark.parametrize("cls", [*WITH_WEIGHTS, PrototypicalLoss, PseudoUnknowns])
+def test_it_learns_in_pmls_own_trainer_and_tester(cls, digit_vectors):
+    """Digits as vectors: the classes come together, in the units of PML's own tester, with its miner and sampler."""
+    vectors, labels = torch.from_numpy(digit_vectors[0]), torch.from_numpy(digit_vectors[1])
+    train, unseen = TensorDataset(vectors[:1000], labels[:1000]), TensorDataset(vectors[1000:], labels[1000:])
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002 - PML's sampler draws from it
+    made = {PrototypicalLoss: cls, PseudoUnknowns: lambda: cls(MarginOneVsRestLoss(10, 16))}
+    loss = made.get(cls, lambda: cls(10, 16))()
+    trunk = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16))
+    tester = GlobalEmbeddingSpaceTester(
+        dataloader_num_workers=0,
+        use_trunk_output=True,
+        accuracy_calculator=AccuracyCalculator(include=("mean_average_precision_at_r",), k="max_bin_count"),
+    )
+
+    def precision() -> float:
+        found = tester.test({"val": unseen}, 0, trunk)["val"]
+        return found["mean_average_precision_at_r_level0"]
+
+    before = precision()
+    MetricLossOnly(
+        models={"trunk": trunk, "embedder": nn.Identity()},
+        optimizers={"trunk_optimizer": torch.optim.Adam([*trunk.parameters(), *loss.parameters()], lr=5e-3)},
+        batch_size=100,
+        loss_funcs={"metric_loss": loss},
+        mining_funcs={"tuple_miner": miners.MultiSimilarityMiner(epsilon=1)},
+        dataset=train,
+        sampler=samplers.MPerClassSampler(labels[:1000], 10, length_before_new_iter=1000),
+        dataloader_num_workers=0,
+    ).train(num_epochs=15)
+    assert precision() > before + 0.2
 
 
 def test_what_is_collected():
@@ -372,19 +479,49 @@ def test_the_wrappers_of_pml(cls):
             made(cls, distance=distances.SNRDistance())
 
 
-def test_the_gathered_batch_of_several_processes(monkeypatch):
-    """What DistributedLossWrapper does in each of two processes, with the other's half in place of the network."""
-    from pytorch_metric_learning.utils import distributed
+def whole_batch(cls) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
+    """A loss, an embedder, inputs, and labels whose episode is the same whichever half comes first."""
+    labels = torch.arange(C).repeat_interleave(2).repeat(2)
+    embeddings, _ = batch(len(labels), dtype=torch.float32)
+    loss = PseudoUnknowns(made(MarginOneVsRestLoss)) if cls is PseudoUnknowns else made(cls)
+    return loss, nn.Linear(D, D, bias=False), embeddings, labels
 
-    embeddings, labels = batch(dtype=torch.float32)
-    first = embeddings[:12], labels[:12]
-    rest = iter([embeddings[12:], labels[12:]] * 2)
-    monkeypatch.setattr(distributed, "is_distributed", lambda: True)
-    monkeypatch.setattr(distributed, "all_gather", lambda x: next(rest))
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    for cls in (MarginOneVsRestLoss, PrototypicalLoss):
-        loss = made(cls)
-        torch.testing.assert_close(DistributedLossWrapper(loss)(*first), 2 * loss(embeddings, labels))
+
+def _half_of_a_batch(rank: int, folder: Path) -> None:
+    """What one of two processes does, as PML's documentation has it."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    found = {}
+    for cls in [*WITH_WEIGHTS, PrototypicalLoss, PseudoUnknowns]:
+        loss, embedder, inputs, labels = whole_batch(cls)
+        wrapped = DistributedLossWrapper(loss)
+        if list(loss.parameters()):
+            wrapped = DistributedDataParallel(wrapped)
+        half, network = (slice(0, 10), slice(10, 20))[rank], DistributedDataParallel(embedder)
+        value = wrapped(network(inputs[half]), labels[half])
+        value.backward()
+        grads = {name: p.grad for name, p in [*embedder.named_parameters(), *loss.named_parameters()]}
+        found[cls.__name__] = (value.item(), grads)
+    torch.save(found, folder / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    multiprocessing.spawn(_half_of_a_batch, args=(tmp_path,), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for cls in [*WITH_WEIGHTS, PrototypicalLoss]:
+        loss, embedder, inputs, labels = whole_batch(cls)
+        value = loss(embedder(inputs), labels)
+        value.backward()
+        for mean, grads in (first[cls.__name__], second[cls.__name__]):
+            # PML multiplies by the number of processes, by which DistributedDataParallel divides: it is meant for
+            # embeddings, of which each process has a part, and falls on the loss's own weights as well.
+            assert mean == pytest.approx(2 * value.item(), rel=1e-5)
+            torch.testing.assert_close(grads["weight"], embedder.weight.grad, rtol=1e-4, atol=1e-6)
+            for name, parameter in loss.named_parameters():
+                torch.testing.assert_close(grads[name], 2 * parameter.grad, rtol=1e-4, atol=1e-6)
+    (_, one), (_, other) = first["PseudoUnknowns"], second["PseudoUnknowns"]
+    assert all(grad.any() and torch.equal(grad, other[name]) for name, grad in one.items())
 
 
 def test_the_scale_of_l2_softmax_may_be_learned():
@@ -438,9 +575,9 @@ def test_pseudo_unknowns_are_added_to_the_batch(cls):
     ("arguments", "message"),
     [
         ({"loss": L2SoftmaxLoss(C, D)}, "expected MarginOneVsRestLoss, ReciprocalPointLoss or ARPLLoss; got L2Soft"),
-        ({"share": 0}, "share and alpha of PseudoUnknowns must be above 0; got 0 and 2.0"),
+        ({"share": 0}, "share of PseudoUnknowns must be above 0; got 0"),
         ({"alpha": -1}, "must be above 0"),
-        ({"share": "much"}, "share must be a finite number; got 'much'"),
+        ({"share": "much"}, "share of PseudoUnknowns must be a finite number; got 'much'"),
     ],
 )
 def test_pseudo_unknowns_refuse(arguments, message):
@@ -480,3 +617,22 @@ def test_images_are_turned_by_what_is_said():
             image = image.transpose(1, 2).flip(1)
         assert torch.equal(image, other)
     assert RotationTask(10)(torch.randn(7, 10), torch.arange(7) % 4).ndim == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: MarginOneVsRestLoss(3, 4, margin=28.6), "radians"),
+        (lambda: MarginOneVsRestLoss(3, 4, margin="big"), "margin of MarginOneVsRestLoss"),
+        (lambda: MarginOneVsRestLoss(3, 4, scale=-3), "scale of MarginOneVsRestLoss"),
+        (lambda: CACLoss(3, 4, magnitude=-1), "magnitude of CACLoss"),
+        (lambda: CACLoss(3, 4, anchor_weight=-1), "anchor_weight"),
+        (lambda: L2SoftmaxLoss(3, 4, scale=0), "scale of L2SoftmaxLoss"),
+        (lambda: ReciprocalPointLoss(3, 4, temperature=0), "temperature"),
+        (lambda: ARPLLoss(3, 4, margin=-1), "margin of ARPLLoss"),
+        (lambda: PrototypicalLoss(softmax_scale=0), "softmax_scale"),
+    ],
+)
+def test_arguments_outside_their_range_are_named(make, says):
+    with pytest.raises(OsmlError, match=says):
+        make()

@@ -281,7 +281,7 @@ def test_as_pytorch_ood(levels):
 def test_openness_is_that_of_the_paper():
     assert openness(10, 0) == 0
     assert openness(3, 6) == pytest.approx(pytorch_ood_functional.calc_openness(3, 9, 3))
-    for wrong in ((0, 1), (1, -1)):
+    for wrong in ((0, 1), (1, -1), (2, 0.5), (2, "a"), (2, nan), (True, 1)):
         with pytest.raises(OsmlError, match="at least 1 known class"):
             openness(*wrong)
 
@@ -328,6 +328,8 @@ def test_thin_curves_keep_low_rates_and_the_shape():
 def test_a_curve_of_fewer_than_two_points_is_refused():
     with pytest.raises(OsmlError, match="at least 2"):
         thin(rank([1, 2], [0, -1], [0, 0]), 1)
+    with pytest.raises(OsmlError, match="points must be a whole number"):
+        thin(rank([1, 2], [0, -1], [0, 0]), 2.5)
 
 
 @FEW
@@ -627,6 +629,9 @@ BAD = [
     ("scores", [[0.1], [0.2], [0.9]], r"shape \(3, 1\)"),
     ("scores", [[0.1], [0.2, 0.3], []], "its rows differ"),
     ("scores", 0.5, r"shape \(\)"),
+    ("scores", torch.tensor(0.5), r"shape \(\)"),
+    ("scores", [torch.zeros(2, requires_grad=True)] * 3, r"shape \(N,\)"),
+    ("scores", [True, False, True], "scores must be real numbers"),
     ("labels", torch.zeros(3, 1, dtype=torch.long), r"labels .* shape \(3, 1\)"),
     ("scores", [], "scores is empty"),
     ("labels", [], "labels is empty"),
@@ -655,15 +660,32 @@ def test_bad_input_is_refused_in_one_line(name, value, message):
             rank(**{**{k: v for k, v in GOOD.items() if k != "rejected"}, name: value}, device="cpu")
 
 
-@pytest.mark.parametrize("tpr", [0, -0.5, 1.01, 95, nan])
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_arrays_of_any_strides_and_byte_order_are_taken(device):
+    rng = np.random.default_rng(0)
+    items = rng.integers(0, 9, 60) / 4, rng.integers(-1, 3, 60), rng.integers(0, 3, 60)
+    expected = rank(*items)
+    turned = [column[::-1] for column in items]
+    swapped = [column.astype(column.dtype.newbyteorder()) for column in items]
+    strided = [np.stack([column, column], axis=1)[:, 0] for column in items]
+    frozen = [column.copy() for column in items]
+    for column in frozen:
+        column.flags.writeable = False
+    for given_items in (turned, swapped, strided, frozen):
+        ranking = rank(*given_items, device=device)
+        for field in ("tau", "known", "unknown", "correct"):
+            assert np.array_equal(getattr(ranking, field), getattr(expected, field))
+
+
+@pytest.mark.parametrize("tpr", [0, -0.5, 1.01, 95, nan, "a", None, True])
 def test_a_rate_that_is_none_is_refused(tpr):
-    with pytest.raises(OsmlError, match="tpr must be above 0"):
+    with pytest.raises(OsmlError, match="tpr must be (above 0|a finite number)"):
         fpr_at_tpr(rank(GOOD["scores"], GOOD["labels"], GOOD["predictions"]), tpr)
 
 
-@pytest.mark.parametrize("fpr", [-0.1, 1.01, 10, nan])
+@pytest.mark.parametrize("fpr", [-0.1, 1.01, 10, nan, "a", None, True])
 def test_a_false_positive_rate_that_is_none_is_refused(fpr):
-    with pytest.raises(OsmlError, match="fpr must be at least 0"):
+    with pytest.raises(OsmlError, match="fpr must be (at least 0|a finite number)"):
         ccr_at_fpr(rank(GOOD["scores"], GOOD["labels"], GOOD["predictions"]), fpr)
 
 

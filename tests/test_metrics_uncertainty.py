@@ -192,6 +192,8 @@ GOOD = ([0.1, 0.2, 0.3, 0.4], [0, 0, -1, -1], [0, 0, 0, 0])
         (lambda: delong_test([0, 1, 2], [0, 1, 2], [0, -1, -1]), "1 known and 2 unknown"),
         (lambda: delong_test([0, 1, 2], [0, 1], [0, -1, -1]), "lengths differ"),
         (lambda: bootstrap_intervals(*GOOD, ["aurok"]), "did you mean 'auroc'"),
+        (lambda: bootstrap_intervals(*GOOD, "auroc"), r"give \['auroc'\]"),
+        (lambda: bootstrap_intervals(*GOOD, level="a"), "level must be a finite number"),
         (lambda: bootstrap_intervals(*GOOD, draws=0), "draws must be a whole number of at least 1"),
         (lambda: bootstrap_intervals(*GOOD, level=95), "level must be above 0 and below 1, not 95"),
         (lambda: bootstrap_intervals([0, 1], [0, 0], [0, 0]), "2 known and 0 unknown"),

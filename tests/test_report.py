@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import math
 import re
 import sys
@@ -13,6 +14,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from conftest import sphere_classes
 from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -110,7 +112,7 @@ def digits_page(digits, tmp_path_factory):
 
 def test_it_holds_every_figure_by_name_and_value_and_fetches_nothing(digits, digits_page):
     evaluation, page = digits[0], digits_page
-    figures = asdict(evaluation.metrics) | asdict(evaluation.discovery)
+    figures = asdict(evaluation.metrics) | evaluation.discovery.to_dict()
     for name, value in (figures | {"threshold": evaluation.threshold, "alpha": 0.05}).items():
         at = page.texts.index(name)
         following = [text for text in page.texts[at + 1 :] if text]
@@ -296,6 +298,27 @@ def test_a_missing_library_names_the_extra(module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(OsmlError, match=rf"^a report needs {module}: pip install 'osml-plugin\[report\]'$"):
         import_module("osml_plugin.report")
+
+
+def test_thresholds_by_class_are_shown_by_name(tmp_path):
+    embeddings, labels, _ = sphere_classes(n_classes=5, per_class=30)
+    known = labels < 3
+    recognizer = OpenSetRecognizer("knn", "class_conformal", alpha=0.2).fit(embeddings[known], labels[known])
+    recognizer.enroll("late", embeddings[labels == 3][:2])
+    evaluation = evaluate_embeddings(recognizer, embeddings, [str(c) for c in labels.tolist()])
+    assert evaluation.to_dict()["thresholds"] == recognizer.class_thresholds
+    assert recognizer.class_thresholds.keys() == {"0", "1", "2", "late"}
+    json.dumps(evaluation.to_dict(), allow_nan=False)
+    write_report(tmp_path / "page.html", evaluation)
+    page = Parsed(tmp_path / "page.html")
+    at = page.texts.index("Thresholds by class")
+    for name, tau in recognizer.class_thresholds.items():
+        shown = [text for text in page.texts[page.texts.index(name, at) :] if text]
+        assert shown[1] == f"{tau:.4f}"
+    assert any("not all that lies right of it is called unknown" in text for text in page.texts)
+
+    plain = OpenSetRecognizer(alpha=0.2).fit(embeddings[known], labels[known])
+    assert evaluate_embeddings(plain, embeddings, labels.numpy().astype(str)).to_dict()["thresholds"] == {}
 
 
 def test_every_figure_has_its_sentence(plain):

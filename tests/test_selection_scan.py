@@ -13,7 +13,7 @@ from osml_plugin.detectors import Detector
 from osml_plugin.metrics import open_set_metrics
 from osml_plugin.selection import Cached, candidates, scored, select
 
-TRIED = candidates()
+TRIED = candidates(detectors.names())
 
 
 def items(kind: str, seed: int = 0):

@@ -205,6 +205,50 @@ def test_what_is_enrolled_while_a_model_is_prepared_is_not_lost(config, bundles,
         assert sum(c.enrolled for c in client.classes().classes) == 10 + 3 * n
 
 
+def test_the_model_shows_the_threshold_of_each_class_that_has_its_own(digits_folder, tmp_path):
+    """Whatever is enrolled, renamed, merged, forgotten or asked for: the answers are judged by what is shown."""
+    overrides = ["threshold={name: class_conformal, alpha: 0.2}"]
+    bundle = make_bundle(digits_folder, tmp_path / "bundle", overrides=overrides)
+    probe = [file for digit in "0123456" for file in images_of(digits_folder, digit, 32, 40)]
+    with served(ServeConfig(model=str(bundle), home=tmp_path / "home")) as (_, client):
+        assert set(client.model().thresholds) == set("0123")
+        assert client.model().thresholds == load_bundle(bundle).class_thresholds
+        steps = [
+            lambda: client.enroll("six", images_of(digits_folder, "6", 0, 20)),
+            lambda: client.enroll("five", images_of(digits_folder, "5", 0, 1)),
+            lambda: client.rename("six", "6"),
+            lambda: client.rename("0", "zero"),
+            lambda: client.merge("five", "6"),
+            lambda: client.merge("zero", "1"),
+            lambda: client.set_alpha(0.25),
+            lambda: client.forget("2"),
+            lambda: client.forget("6"),
+        ]
+        for step in steps:
+            step()
+            model, results = client.model(), client.recognize(probe, remember=False).results
+            assert set(model.thresholds) == {c.name for c in client.classes().classes}
+            for r in results:
+                assert r.threshold == model.thresholds.get(r.nearest, model.threshold)
+                assert r.known == (r.threshold is None or r.score <= r.threshold) == (r.p_value > model.alpha)
+        assert set(model.thresholds) == set("13")
+        learned(tmp_path / "home").save(tmp_path / "taken")
+        assert load_bundle(tmp_path / "taken").class_thresholds == pytest.approx(model.thresholds)
+    conformal = make_bundle(digits_folder, tmp_path / "plain", overrides=["training.epochs=1"])
+    with served(ServeConfig(model=str(conformal), home=tmp_path / "other")) as (_, client):
+        assert client.model().thresholds == {}
+
+
+def test_enrolled_examples_make_no_rate_possible_that_the_calibration_cannot_keep(config, digits_folder):
+    with served(config) as (service, client):
+        n = len(service.live.snapshot.recognizer.calibration_scores)
+        client.enroll("7", images_of(digits_folder, "7", 0, 40))
+        with pytest.raises(ServerError, match="calibration items are needed.*409"):
+            client.set_alpha(1 / (n + 2))
+        client.set_alpha(1 / (n + 1))
+        assert client.model().threshold is not None
+
+
 def test_a_chosen_rate_is_taken_up_at_once(config, digits_folder):
     with served(config) as (_, client):
         before = client.model().threshold

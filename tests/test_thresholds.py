@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from osml_plugin import OsmlError, thresholds
 from osml_plugin.thresholds import select_unknown
+from osml_plugin.thresholds.ranks import fewest
 
 PARAMS = {"fixed": {"tau": 0.5}}
 ALL = thresholds.names()
@@ -80,9 +81,37 @@ class TestContract:
         if threshold.needs_unknown:
             with pytest.raises(OsmlError, match="known and unknown items"):
                 threshold.fit(values)
+        for wrong in (["a"] * 300, [None] * 300, values > 0, values.astype(complex)):
+            with pytest.raises(OsmlError, match="scores must be real numbers"):
+                threshold.fit(wrong, NEAREST, is_unknown=is_unknown)
+        with pytest.raises(OsmlError, match="its rows differ"):
+            threshold.fit([[0.1], [0.2, 0.3]], NEAREST[:2])
         if name != "fixed":
             with pytest.raises(OsmlError, match="not fitted"):
                 self.make(name).decide(values)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32])
+    def test_tensors_are_taken_and_left_as_they_are(self, name, dtype, scores):
+        values, is_unknown = (torch.from_numpy(v) for v in scores)
+        values = (4 * values).to(dtype)
+        plain = values.double().numpy()
+        expected = self.make(name).fit(plain, NEAREST, is_unknown=is_unknown.numpy())
+        wide = torch.stack([values, -values], dim=1)
+        tensors = (wide.requires_grad_() if dtype.is_floating_point else wide)[:, 0]  # strided, and with a gradient
+        nearest = torch.from_numpy(NEAREST).int()
+        threshold = self.make(name).fit(tensors, nearest, is_unknown=is_unknown)
+        assert threshold.state() == expected.state()
+        assert np.array_equal(threshold.decide(tensors, nearest), expected.decide(plain, NEAREST))
+        assert np.array_equal(threshold.tau_of(nearest), expected.tau_of(NEAREST))
+        assert np.array_equal(tensors.detach().double().numpy(), plain)
+
+    def test_classes_are_whole_numbers(self, name, scores):
+        values, is_unknown = scores
+        threshold = self.make(name).fit(values, NEAREST, is_unknown=is_unknown)
+        for wrong in (None, [0.5], [[0, 1]], ["a"]):
+            with pytest.raises(OsmlError, match="whole numbers of shape|differs by class"):
+                threshold.tau_of(wrong)
+        assert threshold.decide([], []).shape == threshold.tau_of([]).shape == (0,)
 
 
 @pytest.mark.parametrize(
@@ -96,11 +125,20 @@ class TestContract:
         ("quantile", {"accepted": "abc"}),
         ("target_rate", {"unknown_accepted": True}),
         ("target_rate", {"known_rejected": 1.0}),
+        ("conformal", {"alpha": 2}),
+        ("class_conformal", {"alpha": "a"}),
+        ("class_conformal", {"alpha": None}),
     ],
 )
 def test_rates_outside_0_and_1_are_refused(name, params):
     with pytest.raises(OsmlError, match="must be a rate between 0 and 1"):
         thresholds.create(name, **params)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, Fraction])
+def test_a_rate_is_a_number_of_any_kind(kind):
+    threshold = thresholds.create("conformal", alpha=kind(0.25)).fit(np.arange(99.0))
+    assert threshold.alpha == 0.25 and type(threshold.alpha) is float and threshold.tau == 74
 
 
 @pytest.mark.parametrize("tau", [math.inf, -math.inf, math.nan, None, "abc", True])
@@ -129,6 +167,14 @@ def test_target_rate_is_safe_from_floating_point(rate, accepted):
     scores = np.arange(101.0)
     threshold = thresholds.create("target_rate", unknown_accepted=rate).fit(scores, is_unknown=scores > 0)
     assert (~threshold.decide(scores[1:])).sum() == accepted
+
+
+def test_quantile_is_safe_from_floating_point():
+    """0.07 · 100 is 7.000000000000001, and yet 7 of 100 are enough."""
+    for n in (20, 50, 100, 200):
+        for percent in range(1, 100):
+            tau = thresholds.create("quantile", accepted=percent / 100).fit(np.arange(1.0, n + 1)).tau
+            assert tau == math.ceil(Fraction(percent, 100) * n)
 
 
 def test_quantile_accepts_just_enough(scores):
@@ -285,13 +331,29 @@ def test_p_values_are_the_share_of_calibration_scores_at_least_as_high():
     assert thresholds.p_values(np.array([0.0, 2.0, 2.5, 9.0]), calibration).tolist() == expected
 
 
-@settings(deadline=None, max_examples=100)
-@given(st.integers(20, 200), st.integers(0, 2**31), st.sampled_from([0.05, 0.1, 0.25]))
+ROUNDED = [1 - 0.9, 1 - 0.95, 1 - 0.8, 0.1 + 0.2, 0.1 * 3, np.nextafter(0.05, 0), np.nextafter(0.05, 1), 1 / 3, 1 / 7]
+"""Rates as arithmetic leaves them: a little above or below what was meant."""
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.integers(1, 200),
+    st.integers(0, 2**31),
+    st.one_of(st.sampled_from([0.05, 0.1, 0.25, *ROUNDED]), st.floats(1e-3, 0.999)),
+)
+@example(9, 0, 1 - 0.9)
+@example(19, 0, np.nextafter(0.05, 0))
+@example(20, 0, 1 / 7)
 def test_p_values_and_the_threshold_agree(n, seed, alpha):
     draw = np.random.default_rng(seed)
-    calibration, scores = draw.normal(size=n), draw.normal(1, 2, size=50)
-    decision = thresholds.create("conformal", alpha=alpha).fit(calibration).decide(scores)
-    assert np.array_equal(decision, thresholds.p_values(scores, calibration) <= alpha + 1e-12)
+    calibration = draw.normal(size=n)
+    scores = np.concatenate([draw.normal(1, 2, size=50), calibration])
+    threshold = thresholds.create("conformal", alpha=alpha).fit(calibration)
+    p = thresholds.p_values(scores, calibration)
+    assert np.array_equal(threshold.decide(scores), p <= alpha)
+    assert np.array_equal(threshold.p_values(scores), p)
+    assert threshold.guarantee().possible == math.isfinite(threshold.tau) == (n >= fewest(alpha))
+    assert threshold.guarantee().expected <= alpha
 
 
 def by_hand(p: list[Fraction], q: Fraction, known: Fraction = Fraction(1)) -> set[int]:
@@ -334,6 +396,9 @@ def test_false_discovery_control_refuses_bad_input():
     assert select_unknown([], 0.1).shape == (0,)
     with pytest.raises(OsmlError, match="within"):
         select_unknown([0.0, 0.5], 0.1)
+    with pytest.raises(OsmlError, match="real numbers"):
+        select_unknown(["a"], 0.1)
+    assert select_unknown(torch.tensor([0.5, 0.001], dtype=torch.bfloat16), 0.1).tolist() == [False, True]
     with pytest.raises(OsmlError, match="q must be a rate"):
         select_unknown([0.5], 1)
     with pytest.raises(OsmlError, match="above must be a rate"):

@@ -309,7 +309,7 @@ def test_the_rotation_of_unseen_images_is_learned(digits):
             assert (logits.argmax(dim=1) == quarter).float().mean() > 0.7
 
 
-def test_rotation_is_for_square_images_and_a_trunk_that_learns(digits, monkeypatch):
+def test_rotation_is_for_square_images_and_a_trunk_that_learns(digits):
     images, labels = digits[0].tensors
     for data, frozen, message in [
         (images.flatten(1), False, r"these inputs have the shape \(64,\)"),
@@ -321,9 +321,6 @@ def test_rotation_is_for_square_images_and_a_trunk_that_learns(digits, monkeypat
         model = build_model(config, channels=0 if vectors else 1, size=64 if vectors else 8)
         with pytest.raises(OsmlError, match=f"training.rotation teaches the trunk .*{message}: set it to 0"):
             train_model(model, TensorDataset(data, labels), labels.tolist(), config, n_epochs=1, device="cpu")
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    with pytest.raises(OsmlError, match="training.rotation is for one process: set it to 0, or train with one worker"):
-        trained(digits, training={"rotation": 0.1})
 
 
 # Trunks -----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,8 @@ class PartTrainer(Trainer):
     Embeddings and labels are gathered, so that miner and loss see the whole batch in every process, as with
     `DistributedLossWrapper`: gradients flow through a process's own embeddings, and DistributedDataParallel takes their
     mean over the processes. Where the batch cannot be shared out evenly, the rest of it, fewer items than there are
-    processes, is left out. `models` and `loss_funcs` stay what they are: the state is that of any trainer.
+    processes, is left out. A second task is given one's own part alone. `models` and `loss_funcs` stay what they are:
+    the state is that of any trainer.
 
     Batch normalisation has the whole batch's mean and variance on GPUs, and on the CPU those of the part.
     """
@@ -203,7 +205,9 @@ class PartTrainer(Trainer):
             name: DistributedDataParallel(model) if any(p.requires_grad for p in model.parameters()) else model
             for name, model in self.models.items()
         }
-        self.epoch_loss = super().run_epoch(on_batch) / self.n_processes
+        loss = torch.tensor(super().run_epoch(on_batch), device=self.data_device)
+        distributed.all_reduce(loss)  # the second task's is of one's own part
+        self.epoch_loss = loss.item() / self.n_processes
         return self.epoch_loss
 
     def get_batch(self) -> tuple[Tensor, Tensor]:
@@ -211,7 +215,11 @@ class PartTrainer(Trainer):
         return data, self._gathered(labels.to(self.data_device))
 
     def compute_embeddings(self, data: Tensor) -> Tensor:
-        return self._gathered(super().compute_embeddings(data))
+        own = super().compute_embeddings(data)
+        if own.requires_grad:
+            # Each process has the gradient of its own part alone, and their mean is taken where the sum is meant.
+            own.register_hook(lambda grad: self.n_processes * grad)
+        return self._gathered(own)
 
     def get_trunk_output(self, data: Tensor) -> Tensor:
         return self.parallel["trunk"](data)
@@ -219,18 +227,15 @@ class PartTrainer(Trainer):
     def get_final_embeddings(self, base_output: Tensor) -> Tensor:
         return self.parallel["embedder"](base_output)
 
-    def maybe_get_metric_loss(self, embeddings: Tensor, labels: Tensor, indices_tuple: Any) -> Tensor:
-        # Each process has the gradient of its own part alone, and their mean is taken where the sum is meant.
-        return self.n_processes * super().maybe_get_metric_loss(embeddings, labels, indices_tuple)
-
     def backward(self) -> None:
         super().backward()
-        # Proxies have the whole batch's gradient in every process; the mean keeps the copies equal to the last digit.
-        for parameter in self.loss_funcs["metric_loss"].parameters():
+        # Proxies have the whole batch's gradient in every process, and the mean keeps the copies equal to the last
+        # digit; a second task has that of one's own part, and of equal parts the mean is the batch's.
+        for parameter in chain.from_iterable(loss.parameters() for loss in self.loss_funcs.values()):
             if parameter.requires_grad:
                 grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 distributed.all_reduce(grad)
-                parameter.grad = grad / self.n_processes**2
+                parameter.grad = grad / self.n_processes
 
     def _gathered(self, own: Tensor) -> Tensor:
         """The whole batch `(B, …)`, one's own part first, as it alone has gradients."""

@@ -44,6 +44,8 @@ class Detector(Named, nn.Module):
     """Of one that is incremental: its buffers with a row for each class."""
     search_space: ClassVar[dict[str, tuple]] = {}
     """For each parameter worth searching, the values to try."""
+    tried_by_auto: ClassVar[bool] = True
+    """Whether `detector: auto` and sweeps try it; not where it costs many times what the others do."""
     far_point_exception: ClassVar[str | None] = None
     """Why a far point need not score above the training points, where that is so."""
 
@@ -298,11 +300,10 @@ def fit_together(
     """`Detector.fit` of one or more of a family."""
     index = embeddings if isinstance(embeddings, NeighborIndex) else None
     embeddings = check_embeddings(embeddings if index is None else index.references)
-    present = (
-        torch.ones(len(embeddings), dtype=torch.bool, device=embeddings.device) if index is None else index.present
-    )
+    present = None if index is None else index.present
     labels = check_labels(labels, embeddings, present)
-    class_labels, inverse = labels[present].long().unique(return_inverse=True)
+    known = labels if present is None else labels[present]
+    class_labels, inverse = known.long().unique(return_inverse=True)
     weights = [detector._checked_weights(class_weights, len(class_labels), embeddings) for detector in detectors]
     class_weights = weights[0]
     for detector in detectors:
@@ -312,12 +313,13 @@ def fit_together(
         if detector.incremental:
             detector.register_buffer("class_counts", inverse.bincount())
     if detectors[0].searches_references:
-        index = NeighborIndex.of_copy(embeddings, inverse) if index is None else index
-        detectors[0]._fit_all(
-            detectors, index, torch.full_like(labels, -1).masked_scatter(present, inverse), class_weights
-        )
+        if index is None:
+            index = NeighborIndex.of_copy(embeddings, inverse)
+        else:
+            inverse = torch.full_like(labels, -1, dtype=torch.long).masked_scatter(present, inverse)
+        detectors[0]._fit_all(detectors, index, inverse, class_weights)
     else:
-        embeddings = embeddings if bool(present.all()) else embeddings[present]
+        embeddings = embeddings if present is None or bool(present.all()) else embeddings[present]
         detectors[0]._fit_all(detectors, embeddings, inverse, class_weights)
     for detector in detectors:
         detector._fitted()
@@ -398,7 +400,7 @@ def check_class_weights(weights: ArrayLike, n_classes: int, embeddings: Tensor) 
             f"class weights must be of shape ({n_classes}, {embeddings.shape[1]}) or "
             f"({n_classes}, proxies, {embeddings.shape[1]}); got {tuple(weights.shape)}"
         )
-    return weights
+    return weights.contiguous()  # so that a file, which always is, gives the very same scores
 
 
 def class_means(embeddings: Tensor, labels: Tensor, n_classes: int) -> Tensor:

@@ -37,6 +37,7 @@ class Combination(Detector, name="combination"):
         how: "rank" or "p_value".
     """
 
+    tried_by_auto = False
     search_space = {"how": HOW}
 
     def __init__(self, *, members: Sequence[str | Mapping[str, Any]] = ("knn", "mahalanobis"), how: str = "rank"):

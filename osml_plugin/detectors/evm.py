@@ -34,6 +34,7 @@ class EVM(Detector, name="evm"):
             a prediction grow with what is kept.
     """
 
+    tried_by_auto = False
     searches_references = True
     search_space = {"tail": (10, 50)}
 

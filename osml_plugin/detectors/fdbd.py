@@ -20,7 +20,7 @@ class FDBD(ProxyDetector, name="fdbd"):
 
     def _fit(self, embeddings: Tensor, labels: Tensor, class_weights: Tensor | None) -> None:
         super()._fit(embeddings, labels, class_weights)
-        self.register_buffer("mean", embeddings.double().mean(dim=0).float())
+        self.register_buffer("mean", embeddings.mean(dim=0))
         proxies = class_weights.flatten(0, 1).double()
         apart = torch.cdist(proxies, proxies, compute_mode="donot_use_mm_for_euclid_dist")
         # Two equal proxies have equal logits; 0 / 0 is then no distance.

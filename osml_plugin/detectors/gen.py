@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..registry import checked_count
-from .logits import MSP, LogitDetector, checked_positive, others
+from ..registry import checked_count, checked_positive
+from .logits import MSP, LogitDetector, others
 
 
 class GEN(LogitDetector, name="gen"):

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import OsmlError
-from ..registry import checked_number
+from ..registry import checked_positive
 from .base import Detector
 
 
@@ -74,6 +73,9 @@ class TemperedLogitDetector(LogitDetector):
         super().__init__()
         self.temperature = checked_positive("temperature", temperature)
 
+    def _tempered(self, logits: Tensor) -> Tensor:
+        return logits if self.temperature == 1 else logits / self.temperature
+
 
 class MaxLogit(LogitDetector, name="max_logit"):
     """− max_c logit_c (Vaze et al. 2022)."""
@@ -81,14 +83,14 @@ class MaxLogit(LogitDetector, name="max_logit"):
     incremental = True
 
     def _logit_score(self, logits: Tensor, nearest: Tensor) -> Tensor:
-        return -logits.gather(1, nearest[:, None])[:, 0]
+        return -logits.amax(dim=1)
 
 
 class Energy(TemperedLogitDetector, name="energy"):
     """− T · log Σ_c exp(logit_c / T) (Liu et al. 2020, eq. 4)."""
 
     def _logit_score(self, logits: Tensor, nearest: Tensor) -> Tensor:
-        return -self.temperature * torch.logsumexp(logits / self.temperature, dim=1)
+        return -self.temperature * log_sum_exp(self._tempered(logits))
 
 
 class MSP(TemperedLogitDetector, name="msp"):
@@ -97,7 +99,7 @@ class MSP(TemperedLogitDetector, name="msp"):
     far_point_exception = "softmax divides out how large the logits are: a far point can be as sure as a near one"
 
     def _logit_score(self, logits: Tensor, nearest: Tensor) -> Tensor:
-        return others(torch.softmax(logits / self.temperature, dim=1), nearest)
+        return others(torch.softmax(self._tempered(logits), dim=1), nearest)
 
 
 class Entropy(TemperedLogitDetector, name="entropy"):
@@ -106,7 +108,11 @@ class Entropy(TemperedLogitDetector, name="entropy"):
     far_point_exception = MSP.far_point_exception
 
     def _logit_score(self, logits: Tensor, nearest: Tensor) -> Tensor:
-        return entropy(torch.log_softmax(logits / self.temperature, dim=1))
+        logits = self._tempered(logits)
+        p = torch.softmax(logits, dim=1)
+        # − log p_c = (logit_ŷ − logit_c) − log p_ŷ
+        below = logits.amax(dim=1, keepdim=True) - logits
+        return below.mul_(p).sum(dim=1) - p.amax(dim=1).log()
 
 
 def largest(logits: Tensor) -> Tensor:
@@ -116,17 +122,18 @@ def largest(logits: Tensor) -> Tensor:
     return torch.from_numpy(logits.numpy().argmax(axis=1))  # several times as fast as PyTorch's
 
 
+def log_sum_exp(logits: Tensor) -> Tensor:
+    """log Σ_c exp(logit_c) `(N,)`: the largest logit less the log of its softmax probability, which is at least 1 / C;
+    on the CPU in half the time of torch.logsumexp."""
+    return logits.amax(dim=1) - torch.softmax(logits, dim=1).amax(dim=1).log()
+
+
 def entropy(log_p: Tensor) -> Tensor:
     """In nats `(N,)`, of the logarithms of probabilities `(N, C)`."""
     return -(log_p.exp() * log_p).sum(dim=1)
 
 
 def others(p: Tensor, nearest: Tensor) -> Tensor:
-    """1 − p_nearest `(N,)` of probabilities `(N, C)`, as the sum of the others: exact where p_nearest rounds to 1."""
-    return p.scatter(1, nearest[:, None], 0).sum(dim=1)
-
-
-def checked_positive(what: str, value: float) -> float:
-    if checked_number(what, value) <= 0:
-        raise OsmlError(f"{what} must be above 0; got {value!r}")
-    return float(value)
+    """1 − p_nearest `(N,)` of probabilities `(N, C)`, as the sum of the others: exact where p_nearest rounds to 1. It
+    writes zeros over p_nearest."""
+    return p.scatter_(1, nearest[:, None], 0).sum(dim=1)

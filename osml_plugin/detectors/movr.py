@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import normalize, softplus
 
-from .logits import LogitDetector, checked_positive
+from ..registry import checked_positive
+from .logits import LogitDetector
 
 
 class MarginOneVsRest(LogitDetector, name="movr"):

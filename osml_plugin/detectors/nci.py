@@ -26,7 +26,7 @@ class NCI(ProxyDetector, name="nci"):
 
     def _fit(self, embeddings: Tensor, labels: Tensor, class_weights: Tensor | None) -> None:
         super()._fit(embeddings, labels, class_weights)
-        self.register_buffer("mean", embeddings.double().mean(dim=0).float())
+        self.register_buffer("mean", embeddings.mean(dim=0))
 
     def _score_and_class(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         proxies = self.class_weights.flatten(0, 1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import OsmlError
 from ..registry import checked_number
-from .logits import ProxyDetector
+from .logits import ProxyDetector, log_sum_exp
 
 
 class ShapedEnergy(ProxyDetector):
@@ -26,7 +26,7 @@ class ShapedEnergy(ProxyDetector):
         return super()._logits(self._shaped(embeddings))
 
     def _item_score(self, embeddings: Tensor, logits: Tensor, nearest: Tensor) -> Tensor:
-        return -torch.logsumexp(logits, dim=1)
+        return -log_sum_exp(logits)
 
 
 class ReAct(ShapedEnergy, name="react"):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import OsmlError
 from ..registry import checked_number
-from .logits import ProxyDetector
+from .logits import ProxyDetector, log_sum_exp
 
 
 class ViM(ProxyDetector, name="vim"):
@@ -45,4 +45,4 @@ class ViM(ProxyDetector, name="vim"):
         return (embeddings @ self.residual_axes).norm(dim=1)
 
     def _item_score(self, embeddings: Tensor, logits: Tensor, nearest: Tensor) -> Tensor:
-        return self.alpha * self._residual(embeddings) - torch.logsumexp(logits, dim=1)
+        return self.alpha * self._residual(embeddings) - log_sum_exp(logits)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import relu
 
+from ..registry import checked_not_negative
 from .reciprocal_point import ReciprocalPointLoss
 
 
@@ -29,7 +30,7 @@ class ARPLLoss(ReciprocalPointLoss):
         **kwargs,
     ):
         super().__init__(num_classes, embedding_size, temperature, radius_weight, **kwargs)
-        self.margin = margin
+        self.margin = checked_not_negative("margin of ARPLLoss", margin)
         self.add_to_recordable_attributes(list_of_names=["margin"], is_stat=False)
 
     def get_logits(self, embeddings: Tensor) -> Tensor:

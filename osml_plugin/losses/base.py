@@ -12,6 +12,7 @@ from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor, nn
 
 from .. import UNKNOWN
+from ..errors import OsmlError
 
 
 class ClassificationLoss(WeightRegularizerMixin, BaseMetricLossFunction):
@@ -28,6 +29,9 @@ class ClassificationLoss(WeightRegularizerMixin, BaseMetricLossFunction):
         num_classes: C; labels are 0..C-1, or `UNKNOWN`.
         embedding_size: D.
         kwargs: PML's own: distance, reducer, embedding_regularizer, weight_regularizer, their weights, collect_stats.
+
+    Raises:
+        OsmlError: in use, for a label that is no class's number.
     """
 
     takes_unknown: ClassVar[bool] = False
@@ -54,6 +58,7 @@ class ClassificationLoss(WeightRegularizerMixin, BaseMetricLossFunction):
     ) -> dict[str, dict[str, Any]]:
         c_f.labels_required(labels)
         c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
+        labels = self._checked(labels.long())
         self.to(embeddings.device)
         # Half precision would round small steps of the weights away, and squared distances overflow in it.
         dtype = torch.promote_types(embeddings.dtype, torch.float32)
@@ -75,3 +80,12 @@ class ClassificationLoss(WeightRegularizerMixin, BaseMetricLossFunction):
         }
         self.add_weight_regularization_to_loss_dict(loss_dict, self.W.t())
         return loss_dict
+
+    def _checked(self, labels: Tensor) -> Tensor:
+        # Some of torch's functions skip a number that is no class's, or wrap it round.
+        if len(wrong := labels[(labels < UNKNOWN) | (labels >= self.num_classes)]):
+            raise OsmlError(
+                f"{type(self).__name__} takes labels from 0 to {self.num_classes - 1}, and {UNKNOWN} for items of no "
+                f"class; got {wrong[0].item()}: number the classes from 0, or raise num_classes"
+            )
+        return labels

@@ -8,6 +8,7 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, softmin
 
+from ..registry import checked_not_negative, checked_positive
 from .base import ClassificationLoss
 
 
@@ -28,7 +29,8 @@ class CACLoss(ClassificationLoss):
     ):
         super().__init__(num_classes, embedding_size, **kwargs)
         c_f.assert_distance_type(self, LpDistance, normalize_embeddings=False, p=2, power=1)
-        self.magnitude, self.anchor_weight = magnitude, anchor_weight
+        self.magnitude = checked_positive("magnitude of CACLoss", magnitude)
+        self.anchor_weight = checked_not_negative("anchor_weight of CACLoss", anchor_weight)
         self.add_to_recordable_attributes(list_of_names=["magnitude", "anchor_weight"], is_stat=False)
         self.add_to_recordable_attributes(name="avg_anchor_distance", is_stat=True)
 

@@ -8,6 +8,7 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from ..registry import checked_positive
 from .base import ClassificationLoss
 
 
@@ -24,7 +25,8 @@ class L2SoftmaxLoss(ClassificationLoss):
     def __init__(self, num_classes: int, embedding_size: int, scale: float = 16, learn_scale: bool = False, **kwargs):
         super().__init__(num_classes, embedding_size, **kwargs)
         c_f.assert_distance_type(self, DotProductSimilarity, normalize_embeddings=False)
-        self.scale = nn.Parameter(torch.tensor(float(scale))) if learn_scale else scale
+        scale = checked_positive("scale of L2SoftmaxLoss", scale)
+        self.scale = nn.Parameter(torch.tensor(scale)) if learn_scale else scale
         self.add_to_recordable_attributes(list_of_names=["scale"], is_stat=False)
 
     def get_logits(self, embeddings: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor
 from torch.nn.functional import logsigmoid, one_hot
 
+from ..errors import OsmlError
+from ..registry import checked_not_negative, checked_positive
 from .base import ClassificationLoss
 
 
@@ -29,7 +31,10 @@ class MarginOneVsRestLoss(ClassificationLoss):
     def __init__(self, num_classes: int, embedding_size: int, scale: float = 32, margin: float = 0.5, **kwargs):
         super().__init__(num_classes, embedding_size, **kwargs)
         c_f.assert_distance_type(self, CosineSimilarity)
-        self.scale, self.margin = scale, margin
+        self.scale = checked_positive("scale of MarginOneVsRestLoss", scale)
+        self.margin = checked_not_negative("margin of MarginOneVsRestLoss", margin)
+        if margin > math.pi:
+            raise OsmlError(f"margin of MarginOneVsRestLoss is in radians, 0 to π (0.5 is usual); got {margin!r}")
         self.add_to_recordable_attributes(list_of_names=["scale", "margin"], is_stat=False)
         self.add_to_recordable_attributes(name="avg_angle", is_stat=True)
 

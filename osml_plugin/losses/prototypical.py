@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
 from .. import UNKNOWN
-from ..registry import checked_count
+from ..registry import checked_count, checked_positive
 
 
 class PrototypicalLoss(BaseMetricLossFunction):
@@ -34,7 +34,7 @@ class PrototypicalLoss(BaseMetricLossFunction):
     def __init__(self, n_support: int | None = None, softmax_scale: float = 1.0, **kwargs):
         super().__init__(**kwargs)
         self.n_support = None if n_support is None else checked_count("n_support", n_support)
-        self.softmax_scale = softmax_scale
+        self.softmax_scale = checked_positive("softmax_scale of PrototypicalLoss", softmax_scale)
         self.add_to_recordable_attributes(list_of_names=["n_support", "softmax_scale"], is_stat=False)
         self.add_to_recordable_attributes(list_of_names=["num_classes", "num_queries"], is_stat=True)
 

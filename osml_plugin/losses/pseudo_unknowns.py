@@ -5,20 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from pytorch_metric_learning.losses import BaseMetricLossFunction
+from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor, nn
 from torch.distributions import Beta
 
 from .. import UNKNOWN
 from ..errors import OsmlError
-from ..registry import checked_number
+from ..registry import checked_positive
 
 
-class PseudoUnknowns(nn.Module):
+class PseudoUnknowns(BaseMetricLossFunction):
     """Gives a loss, beside the batch, mixtures λ f_i + (1 − λ) f_j of embeddings of different classes, labelled
     `UNKNOWN`; λ is drawn from Beta(α, α) (manifold mixup, Verma et al. 2019; as negatives of no class: Zhou et al.
     2021, "Learning Placeholders for Open-Set Recognition").
 
-    A miner cannot do this: PML's miners give indices into the batch. A batch of one class is left as it is.
+    A miner cannot do this: PML's miners give indices into the batch. A batch of one class is left as it is. Distance,
+    reducer, regularizers and statistics are those of the loss inside.
 
     Args:
         loss: one with `takes_unknown`: MarginOneVsRestLoss, ReciprocalPointLoss, ARPLLoss.
@@ -33,12 +36,22 @@ class PseudoUnknowns(nn.Module):
                 "PseudoUnknowns needs a loss that can use items of no class: expected MarginOneVsRestLoss, "
                 f"ReciprocalPointLoss or ARPLLoss; got {type(loss).__name__}"
             )
-        self.loss, self.share, self.alpha = loss, checked_number("share", share), checked_number("alpha", alpha)
-        if self.share <= 0 or self.alpha <= 0:
-            raise OsmlError(f"share and alpha of PseudoUnknowns must be above 0; got {share!r} and {alpha!r}")
+        self.loss = loss
+        self.share = checked_positive("share of PseudoUnknowns", share)
+        self.alpha = checked_positive("alpha of PseudoUnknowns", alpha)
 
-    def forward(self, embeddings: Tensor, labels: Tensor, indices_tuple: Any = None) -> Tensor:
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: Any = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Tensor:
         """The loss of embeddings `(N, D)` and labels `(N,)`; `indices_tuple` is about these alone."""
+        c_f.labels_required(labels)
+        c_f.check_shapes(embeddings, labels)
+        c_f.ref_not_supported(None, None, ref_emb, ref_labels)
         mixtures = self.mix(embeddings, labels)
         unknown = torch.full((len(mixtures),), UNKNOWN, dtype=labels.dtype, device=embeddings.device)
         return self.loss(

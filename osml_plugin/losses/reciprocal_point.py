@@ -10,6 +10,7 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 
+from ..registry import checked_not_negative, checked_positive
 from .base import ClassificationLoss
 
 
@@ -34,7 +35,8 @@ class ReciprocalPointLoss(ClassificationLoss):
     ):
         super().__init__(num_classes, embedding_size, **kwargs)
         c_f.assert_distance_type(self, LpDistance, p=2, power=2)
-        self.temperature, self.radius_weight = temperature, radius_weight
+        self.temperature = checked_positive("temperature", temperature)
+        self.radius_weight = checked_not_negative("radius_weight", radius_weight)
         self.radius = nn.Parameter(torch.zeros(()))
         self.add_to_recordable_attributes(list_of_names=["temperature", "radius_weight", "radius"], is_stat=False)
 

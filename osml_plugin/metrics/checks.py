@@ -28,8 +28,11 @@ def check_vector(values: Values, name: str, device: torch.device | str | None = 
     else:
         try:
             array = np.asarray(values)
-        except ValueError as error:
-            raise OsmlError(f"{name} must have one value per item, shape (N,), but its rows differ") from error
+        except (TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise OsmlError(
+                f"{name} must have one value per item, shape (N,), but its rows differ or are no numbers ({reason})"
+            ) from error
     if array.ndim != 1:
         raise OsmlError(f"{name} must have one value per item, shape (N,), but has shape {tuple(array.shape)}")
     if len(array) == 0:
@@ -49,6 +52,14 @@ def check_scores(values: Values, device: torch.device | str | None = None) -> Ve
             f"scores has {count} NaN among {len(scores)}: give each item a score (+inf = certainly unknown)"
         )
     return scores
+
+
+def check_taus(values: Values) -> np.ndarray:
+    """Thresholds `(T,)` as float64; infinities are some, NaN is none."""
+    taus = check_vector(values, "taus")
+    if taus.dtype.kind not in "fiu" or np.isnan(taus).any():
+        raise OsmlError(f"taus must be real numbers, none of them NaN, not {taus.dtype}: an item is unknown above τ")
+    return taus.astype(np.float64)
 
 
 def check_integers(values: Values, name: str, smallest: int, device: torch.device | str | None = None) -> Vector:
@@ -74,7 +85,9 @@ def _kind(vector: Vector) -> str:
 def _cast(vector: Vector, dtype: str, device: torch.device | str | None) -> Vector:
     if device is None:
         return vector.astype(dtype, copy=False)
-    return torch.as_tensor(vector).to(device, getattr(torch, dtype))
+    if isinstance(vector, np.ndarray):  # of any strides and byte order, which torch does not take
+        vector = torch.from_numpy(np.array(vector, dtype))
+    return vector.to(device, getattr(torch, dtype))
 
 
 def check_labels(values: Values, device: torch.device | str | None = None) -> Vector:

@@ -16,7 +16,7 @@ from .checks import (
     check_rejected,
     check_same_length,
     check_scores,
-    check_vector,
+    check_taus,
 )
 from .ranking import BLOCK
 
@@ -146,7 +146,7 @@ def opis(scores: Values, labels: Values, predictions: Values, taus: Values) -> f
     """
     scores, labels, predictions = check_scores(scores), check_labels(labels), check_predictions(predictions)
     check_same_length(scores=scores, labels=labels, predictions=predictions)
-    taus = np.sort(check_vector(taus, "taus").astype(np.float64))
+    taus = np.sort(check_taus(taus))
     classes, items = np.unique(labels[labels != UNKNOWN], return_counts=True)
     if classes.size < 2:
         raise OsmlError(f"consistency compares known classes, but there are items of {classes.size}: give at least 2")

@@ -43,8 +43,9 @@ class DiscoveryMetrics:
     accuracy_new: float | None
 
     def to_dict(self) -> dict[str, float | int | None]:
-        """Plain numbers for JSON."""
-        return asdict(self)
+        """Plain numbers for JSON: undefined is None; without `is_old` there is no `accuracy_old`, no `accuracy_new`."""
+        figures = asdict(self).items()
+        return {name: None if value != value else value for name, value in figures if value is not None}
 
 
 def discovery_metrics(labels_true: Values, labels_found: Values, is_old: Values | None = None) -> DiscoveryMetrics:

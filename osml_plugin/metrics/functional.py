@@ -14,12 +14,14 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from functools import partial
 from math import inf, nan, sqrt
+from numbers import Integral
 from typing import Literal
 
 import numpy as np
 
 from .. import UNKNOWN
 from ..errors import OsmlError
+from ..registry import checked_number
 from .checks import Values, check_labels, check_predictions, check_same_length
 from .decisions import known_rejected, macro_f1, open_set_accuracy, opis, unknown_rejected
 from .ranking import BLOCK, Ranking, rank, thin
@@ -111,7 +113,7 @@ def fpr_at_tpr(ranking: Ranking, tpr: float, positive: Kind = "known") -> float:
     Raises:
         OsmlError: `tpr` out of range, or another `positive`.
     """
-    if not 0 < tpr <= 1:
+    if not 0 < checked_number("tpr", tpr) <= 1:
         raise OsmlError(f"tpr must be above 0 and at most 1, not {tpr}: 0.95 is the usual one")
     _check_kind(positive)
     if not ranking.has_both:
@@ -214,7 +216,7 @@ def ccr_at_fpr(ranking: Ranking, fpr: float) -> float:
     Raises:
         OsmlError: `fpr` out of range.
     """
-    if not 0 <= fpr <= 1:
+    if not 0 <= checked_number("fpr", fpr) <= 1:
         raise OsmlError(f"fpr must be at least 0 and at most 1, not {fpr}: 0.01 is a usual one")
     if not ranking.has_both:
         return nan
@@ -309,9 +311,11 @@ def openness(n_known_classes: int, n_unknown_classes: int) -> float:
     Raises:
         OsmlError: no known class, or a negative number of unknown ones.
     """
-    if n_known_classes < 1 or n_unknown_classes < 0:
+    whole = all(isinstance(n, Integral) and not isinstance(n, bool) for n in (n_known_classes, n_unknown_classes))
+    if not whole or n_known_classes < 1 or n_unknown_classes < 0:
         raise OsmlError(
-            f"openness needs at least 1 known class and 0 unknown ones, not {n_known_classes} and {n_unknown_classes}"
+            f"openness needs whole numbers, at least 1 known class and 0 unknown ones, not {n_known_classes!r} and "
+            f"{n_unknown_classes!r}"
         )
     return 1 - sqrt(2 * n_known_classes / (2 * n_known_classes + n_unknown_classes))
 

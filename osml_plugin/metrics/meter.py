@@ -60,8 +60,11 @@ class OpenSetMeter:
         """Forget all batches."""
         self._batches = []
 
-    def compute(self) -> OpenSetMetrics:
+    def compute(self, *, n_unknown_classes: int | None = None) -> OpenSetMetrics:
         """The metrics of all items so far, in all processes. More batches may follow.
+
+        Args:
+            n_unknown_classes: as for `open_set_metrics`.
 
         Raises:
             OsmlError: there are no items; decisions in some processes only.
@@ -74,7 +77,7 @@ class OpenSetMeter:
             batches = _joined([batch for batches in by_process for batch in batches])
         if not batches:
             raise OsmlError("the meter has no items: update it with at least one batch")
-        return open_set_metrics(*batches[0])
+        return open_set_metrics(*batches[0], n_unknown_classes=n_unknown_classes)
 
 
 def _joined(batches: list[Batch]) -> list[Batch]:

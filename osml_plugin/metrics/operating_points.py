@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .. import UNKNOWN
-from .checks import Values, check_labels, check_predictions, check_same_length, check_scores
+from .checks import Values, check_labels, check_predictions, check_same_length, check_scores, check_taus
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,13 @@ def operating_points(scores: Values, labels: Values, predictions: Values, taus: 
         scores, labels, predictions: as for `open_set_metrics`; an item is called unknown if its score is above τ.
 
     The figures are those of `open_set_metrics(…, rejected=scores > τ)`.
+
+    Raises:
+        OsmlError: as `open_set_metrics`; taus that are none, NaN, or of another shape.
     """
     scores, labels, predictions = check_scores(scores), check_labels(labels), check_predictions(predictions)
     check_same_length(scores=scores, labels=labels, predictions=predictions)
-    taus = np.asarray(taus, dtype=np.float64)
+    taus = check_taus(taus)
     order = np.argsort(scores)
     scores, labels, predictions = scores[order], labels[order], predictions[order]
 

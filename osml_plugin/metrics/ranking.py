@@ -10,6 +10,7 @@ import torch
 
 from .. import UNKNOWN
 from ..errors import OsmlError
+from ..registry import checked_count
 from .checks import Values, check_labels, check_predictions, check_same_length, check_scores
 
 BLOCK = 1 << 15
@@ -109,7 +110,7 @@ def thin(ranking: Ranking, points: int) -> Ranking:
     Raises:
         OsmlError: fewer than 2 points.
     """
-    if points < 2:
+    if checked_count("points", points) < 2:
         raise OsmlError(f"points must be at least 2, not {points}: the two ends of a curve")
     if ranking.tau.size <= points:
         return ranking

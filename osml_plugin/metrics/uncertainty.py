@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from .. import UNKNOWN
 from ..errors import OsmlError, unknown_name
-from ..registry import checked_count
+from ..registry import checked_count, checked_number
 from .checks import Values, check_labels, check_predictions, check_scores
 from .functional import RANK_METRICS, Ranking, auroc, rank
 
@@ -164,7 +164,7 @@ def bootstrap_test(
     drawn = np.array([figure(one) - figure(other) for one, other in _draws(items, draws, seed)])
     estimates = [figure(each.ranking) for each in items]
     sides = [(np.count_nonzero(side) + 1) / (draws + 1) for side in (drawn <= 0, drawn >= 0)]
-    p_value = nan if np.isnan(drawn).any() else min(1.0, 2 * min(sides))
+    p_value = nan if np.isnan(drawn).any() else min(1.0, 2 * float(min(sides)))
     return Comparison(*estimates, _percentiles(estimates[0] - estimates[1], drawn, level), p_value)
 
 
@@ -215,7 +215,7 @@ def _percentiles(estimate: float, drawn: np.ndarray, level: float) -> Interval:
 
 
 def _quantile(level: float) -> float:
-    if not 0 < level < 1:
+    if not 0 < checked_number("level", level) < 1:
         raise OsmlError(f"level must be above 0 and below 1, not {level}: 0.95 is the usual one")
     return float(norm.ppf((1 + level) / 2))
 
@@ -227,6 +227,8 @@ def _check_enough(ranking: Ranking) -> None:
 
 
 def _check_names(metrics: Sequence[str]) -> None:
+    if isinstance(metrics, str):
+        raise OsmlError(f"metrics must be a list of names, not the name '{metrics}': give ['{metrics}']")
     for name in metrics:
         if name not in RANK_METRICS:
             raise unknown_name("rank metric", name, RANK_METRICS)

@@ -32,8 +32,8 @@ MEANING = {
     "macro_f1": "Mean F1 of all classes, unknown being one: all decisions in one figure. Higher is better.",
     "youden": "Share of unknown items called unknown minus that of known ones. Higher is better.",
     "open_set_accuracy": "Share of all items called what they are. Depends on how many are unknown. Higher is better.",
-    "known_rejected_spread": "Standard deviation of that share over the known classes. Lower is better.",
-    "known_rejected_worst": "That share in the class of which most is called unknown. Lower is better.",
+    "known_rejected_spread": "Standard deviation of the share called unknown, over the known classes. Lower is better.",
+    "known_rejected_worst": "Share called unknown of the known class of which most is. Lower is better.",
     "threshold": "τ: an item is called unknown if its score is above it.",
     "alpha": "Share of known items that may be rejected, where the threshold is chosen by it.",
     "closed_set_accuracy": "Share of known items whose nearest class is their own, nothing rejected. Higher is better.",
@@ -41,15 +41,16 @@ MEANING = {
     "aupr_unknown": "Average precision of finding the unknown items. Depends on how many there are. Higher is better.",
     "aupr_known": "Average precision of finding the known items. Depends on how many there are. Higher is better.",
     "fpr95": "Share of unknown items accepted where 95 % of the known ones are. Lower is better.",
-    "oscr": "Area under correctly classified known items over accepted unknown ones; at most the closed-set accuracy.",
+    "oscr": "Area under correctly classified known items over accepted unknown ones; 1 is best, and at most the "
+    "closed-set accuracy can be had.",
     "fpr95_unknown_positive": "Share of known items rejected where 95 % of the unknown ones are. Lower is better.",
     "open_auc": "The same area where an unknown item of equal score counts against it.",
-    "ccr_at_fpr_0_1": "Share of known items accepted and right where 10 % of the unknown ones are accepted.",
+    "ccr_at_fpr_0_1": "Share of known items accepted and right where 10 % of the unknown are accepted; 1 is best.",
     "ccr_at_fpr_0_01": "The same where 1 % are.",
     "ccr_at_fpr_0_001": "The same where 0.1 % are.",
     "eer": "Error rate where as many known items are rejected as unknown ones accepted. Lower is better.",
     "detection_error": "Least mean of these two error rates at any threshold. Lower is better.",
-    "best_youden": "Most that the share of unknown items rejected exceeds that of known ones at any threshold.",
+    "best_youden": "Most that the share of unknown rejected exceeds that of known, at any threshold; 1 is best.",
     "autc": "Mean of both error rates over the range of the scores. Lower is better.",
     "best_threshold": "The threshold of best_youden, for these very items.",
     "openness": "0 is a closed set; nearer 1 the more classes are unknown.",
@@ -133,6 +134,9 @@ def _figures(page: Page, evaluation: Evaluation, shown: Images) -> None:
 
     header = ("figure", "value", "in plain words")
     page.add_table("At the threshold", header, rows(figures, AT_THRESHOLD), f"Detector: {evaluation.detector}.")
+    if evaluation.class_thresholds:
+        note = "Items whose nearest class is one of these are judged by its own τ; all others by that above."
+        page.add_table("Thresholds by class", ("class", "τ"), list(evaluation.class_thresholds.items()), note)
     rest = [name for name in figures if name not in AT_THRESHOLD]
     note = "What the scores are worth, whatever the threshold. A dash: undefined without items of both kinds."
     page.add_table("At any threshold", header, rows(figures, rest), note)
@@ -146,6 +150,11 @@ def _scores(page: Page, evaluation: Evaluation, shown: Images) -> None:
     note = "What lies right of the dashed line is called unknown. The outermost bars hold whatever lies beyond them."
     if math.isinf(evaluation.threshold):
         note = "The threshold is infinite, so nothing is rejected. The outermost bars hold whatever lies beyond them."
+    if evaluation.class_thresholds:
+        note = (
+            "The dashed line, if any, is the τ of classes that have none of their own: not all that lies right of it "
+            "is called unknown, nor all that lies left of it known. The outermost bars hold whatever lies beyond them."
+        )
     page.add_figure("Scores", pictures.score_histogram(evaluation), note)
     curves = [figure for figure in (pictures.roc(evaluation), pictures.oscr(evaluation)) if figure is not None]
     if curves:

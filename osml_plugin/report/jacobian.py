@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,10 @@ def check_folder(folder: Path) -> None:
 
 
 def write_jacobian(folder: Path, diagnostics: Diagnostics) -> None:
-    """Write `jacobian.json` and a PNG of each picture that there is something to draw of, over what is there."""
-    files = {"jacobian.json": json.dumps(diagnostics.to_dict(), indent=1, allow_nan=False).encode()}
+    """Write `jacobian.json` and a PNG of each picture that there is something to draw of, over what is there; a picture
+    of another model, of which there is nothing to draw now, goes. OsmlError where it cannot be written."""
+    text = json.dumps(diagnostics.to_dict(), indent=1, allow_nan=False)
+    files: dict[str, bytes | None] = {"jacobian.json": text.encode()}
     for name, picture in (
         ("histogram", histogram(diagnostics)),
         ("means", means(diagnostics)),
@@ -37,15 +40,23 @@ def write_jacobian(folder: Path, diagnostics: Diagnostics) -> None:
         ("correlation", correlation(diagnostics)),
         ("davies-bouldin", davies_bouldin(diagnostics)),
     ):
+        content = io.BytesIO()
         if picture is not None:
-            content = io.BytesIO()
             picture.savefig(content, format="png", dpi=DPI)
-            files[f"{name}.png"] = content.getvalue()
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        aside = folder / f".{name}.{os.getpid()}.part"
-        aside.write_bytes(content)
-        os.replace(aside, folder / name)
+        files[f"{name}.png"] = content.getvalue() or None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".jacobian.", dir=folder) as aside:
+            for name, content in files.items():
+                if content is not None:
+                    (Path(aside) / name).write_bytes(content)
+            for name, content in files.items():
+                if content is None:
+                    (folder / name).unlink(missing_ok=True)
+                else:
+                    os.replace(Path(aside) / name, folder / name)
+    except OSError as error:
+        raise OsmlError(f"cannot write to '{folder}': {error.strerror}; choose another --out") from error
 
 
 def histogram(diagnostics: Diagnostics) -> Figure:
@@ -56,7 +67,8 @@ def histogram(diagnostics: Diagnostics) -> Figure:
     # On a logarithmic axis, as norms spread over decades.
     positive = np.maximum(diagnostics.norms, np.finfo(np.float32).tiny)
     low, high = np.quantile(positive, [0.002, 0.998])
-    edges = np.geomspace(low / 1.05, high * 1.05, BINS + 1)
+    bins = int(np.clip(2 * np.sqrt(len(positive)), 8, BINS))  # few items in many bins are a comb
+    edges = np.geomspace(low / 1.05, high * 1.05, bins + 1)
     for kind, of, colour in (("known", ~unknown, KNOWN), ("unknown", unknown, OTHER)):
         if of.any():
             bars = np.histogram(np.clip(positive[of], edges[0], edges[-1]), edges)[0] / of.sum()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 from types import MappingProxyType
 from typing import ClassVar, final
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 
 from ..errors import OsmlError
@@ -49,7 +51,7 @@ class Threshold(Named):
                 minus infinity.
         """
         scores = checked_scores(scores)
-        is_unknown = np.zeros(len(scores), bool) if is_unknown is None else np.asarray(is_unknown)
+        is_unknown = np.zeros(len(scores), bool) if is_unknown is None else on_host("is_unknown", is_unknown)
         if is_unknown.shape != scores.shape or is_unknown.dtype != bool:
             raise OsmlError(f"is_unknown must be booleans of shape ({len(scores)},), one for each score")
         if is_unknown.all():
@@ -70,12 +72,16 @@ class Threshold(Named):
         scores = checked_scores(scores)
         if not self.taus:
             return scores > self.tau
-        return scores > self.tau_of(self._checked_classes(classes, len(scores)))
+        return scores > self._taus_of(self._checked_classes(classes, len(scores)))
 
     def tau_of(self, classes: ArrayLike) -> np.ndarray:
         """τ `(N,)` of items with these nearest classes `(N,)`."""
         self._check_fitted()
-        distinct, of = np.unique(np.asarray(classes), return_inverse=True)
+        classes = on_host("classes", classes)
+        return self._taus_of(self._checked_classes(classes, classes.size))
+
+    def _taus_of(self, classes: np.ndarray) -> np.ndarray:
+        distinct, of = np.unique(classes, return_inverse=True)
         return np.array([self.taus.get(int(c), self.tau) for c in distinct], dtype=np.float64)[of]
 
     def state(self) -> dict:
@@ -104,7 +110,7 @@ class Threshold(Named):
     def _checked_classes(self, classes: ArrayLike | None, n: int) -> np.ndarray:
         if classes is None:
             raise OsmlError(f"threshold '{self.name}' differs by class: give the nearest class of each item as well")
-        classes = classes.detach().cpu().numpy() if hasattr(classes, "detach") else np.asarray(classes)
+        classes = on_host("classes", classes)
         if classes.shape != (n,) or not (np.issubdtype(classes.dtype, np.integer) or not n):
             raise OsmlError(
                 f"classes must be whole numbers of shape ({n},), one for each score; got {classes.dtype} of shape "
@@ -127,11 +133,27 @@ class Threshold(Named):
         raise NotImplementedError
 
 
+def on_host(what: str, values: ArrayLike) -> np.ndarray:
+    """`values` as a NumPy array, tensors of any device and precision included."""
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        return (values.float() if values.dtype == torch.bfloat16 else values).numpy()  # NumPy has no bfloat16
+    try:
+        return np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise OsmlError(
+            f"{what} must be one value an item, of shape (items,), but its rows differ or are no numbers ({reason})"
+        ) from error
+
+
 def checked_scores(scores: ArrayLike) -> np.ndarray:
-    """Scores `(N,)` as float64 on the host; OsmlError for NaN or another shape."""
-    scores = scores.detach().cpu().numpy() if hasattr(scores, "detach") else np.asarray(scores)
+    """Scores `(N,)` as float64 on the host; OsmlError for NaN, for what is no real number, and for another shape."""
+    scores = on_host("scores", scores)
     if scores.ndim != 1:
         raise OsmlError(f"scores must be of shape (items,); got {scores.shape}")
+    if scores.dtype.kind not in "fiu":
+        raise OsmlError(f"scores must be real numbers; got {scores.dtype}")
     scores = scores.astype(np.float64)
     if np.isnan(scores).any():
         raise OsmlError(f"{int(np.isnan(scores).sum())} of {len(scores)} scores are NaN: look at what made them")
@@ -139,7 +161,7 @@ def checked_scores(scores: ArrayLike) -> np.ndarray:
 
 
 def checked_rate(what: str, rate: float) -> float:
-    if not isinstance(rate, int | float) or not 0 < rate < 1:
+    if not isinstance(rate, Real) or not 0 < rate < 1:
         raise OsmlError(f"{what} must be a rate between 0 and 1, such as 0.05; got {rate!r}")
     return float(rate)
 
@@ -151,7 +173,10 @@ def just_below(score: float) -> float:
 
 def checked_p_values(p_values: ArrayLike) -> np.ndarray:
     """p-values `(N,)` as float64; OsmlError for another shape and for values outside (0, 1]."""
-    p = np.asarray(p_values, dtype=np.float64)
+    p = on_host("p-values", p_values)
+    if p.dtype.kind not in "fiu":
+        raise OsmlError(f"p-values must be real numbers; got {p.dtype}")
+    p = p.astype(np.float64)
     if p.ndim != 1 or not ((p > 0) & (p <= 1)).all():
         raise OsmlError(
             f"p-values must be of shape (items,) and within (0, 1]; got shape {p.shape}"

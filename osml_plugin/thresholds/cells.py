@@ -48,7 +48,10 @@ def cells_of(
     Args:
         bound: whether `floor` bounds the others as well.
     """
-    own = {c: scores[nearest == c] for c in classes}
+    order = np.argsort(nearest, kind="stable")
+    classes, ordered = sorted(classes), scores[order]
+    starts, ends = (np.searchsorted(nearest[order], classes, side=side) for side in ("left", "right"))
+    own = {c: ordered[start:end] for c, start, end in zip(classes, starts, ends, strict=True)}
     pooled = tuple(sorted(c for c, of in own.items() if not enough(len(of), alpha)))
     pool = np.concatenate([scores[:0], *(own[c] for c in pooled)])
     shared = Cell(pool, floor if bound or not enough(len(pool), alpha) else None)

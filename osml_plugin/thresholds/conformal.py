@@ -58,7 +58,7 @@ class Conformal(Threshold, name="conformal"):
             enrolled: the classes that were enrolled, those without a score included.
         """
         self._check_scores()
-        scores, enrolled = checked_scores(scores), frozenset(enrolled)
+        scores, enrolled = checked_scores(scores), frozenset(int(c) for c in enrolled)
         classes = self._checked_classes(classes, len(scores))
         cells, pooled = cells_of(scores, classes, enrolled, self.alpha, floor=self._calibration, bound=True)
         pooled = (*pooled, *(c for c in self.pooled if c not in enrolled))

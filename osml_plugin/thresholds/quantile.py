@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .base import Threshold, checked_rate
+from .ranks import at_least
 
 
 class Quantile(Threshold, name="quantile"):
@@ -17,4 +18,4 @@ class Quantile(Threshold, name="quantile"):
         self.accepted = checked_rate("accepted", accepted)
 
     def _tau(self, known: np.ndarray, unknown: np.ndarray) -> float:
-        return np.quantile(known, self.accepted, method="inverted_cdf")
+        return known[at_least(self.accepted, len(known)) - 1]

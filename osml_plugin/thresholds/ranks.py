@@ -8,9 +8,22 @@ from numpy.typing import ArrayLike
 from .base import checked_scores
 
 
+def at_most(rate: float, n: int) -> int:
+    """The largest k with k / n <= rate. The quotient is rounded just as a decimal literal is, so 29 of 100 are 0.29,
+    while 0.29 · 100 is 28.999999999999996."""
+    near = round(rate * n)
+    return near if near / n <= rate else near - 1
+
+
+def at_least(rate: float, n: int) -> int:
+    """The smallest k with k / n >= rate."""
+    near = round(rate * n)
+    return near if near / n >= rate else near + 1
+
+
 def conformal_rank(n: int, alpha: float) -> int:
-    """⌈(n+1)(1−α)⌉, safe from floating point: (19+1)(1−0.05) is 19, not 19.000000000000004 and so 20."""
-    return max(1, int(np.ceil(np.round((n + 1) * (1 - alpha), 9))))
+    """⌈(n+1)(1−α)⌉, counted such that a score has a p-value of at most α iff it lies above that of this rank."""
+    return n + 1 - at_most(alpha, n + 1)
 
 
 def enough(n: int, alpha: float) -> bool:
@@ -20,7 +33,8 @@ def enough(n: int, alpha: float) -> bool:
 
 def fewest(alpha: float) -> int:
     """The smallest such n."""
-    return max(1, int(np.ceil(np.round(1 / alpha - 1, 9))))
+    near = round(1 / alpha)
+    return max(1, near - 1 if 1 / near <= alpha else near)
 
 
 def quantile(scores: np.ndarray, alpha: float) -> float:

@@ -6,6 +6,7 @@ import numpy as np
 
 from ..errors import OsmlError
 from .base import Threshold, checked_rate, just_below
+from .ranks import at_most
 
 
 class TargetRate(Threshold, name="target_rate"):
@@ -32,11 +33,6 @@ class TargetRate(Threshold, name="target_rate"):
     def _tau(self, known: np.ndarray, unknown: np.ndarray) -> float:
         # Rejected are those with score > τ.
         if self.known_rejected is not None:
-            return known[len(known) - 1 - _at_most(self.known_rejected, len(known))]
+            return known[len(known) - 1 - at_most(self.known_rejected, len(known))]
         # Accepted are those with score <= τ, so τ lies just below the first score that may not be.
-        return just_below(unknown[_at_most(self.unknown_accepted, len(unknown))])
-
-
-def _at_most(rate: float, n: int) -> int:
-    """How many of n items are at most this share, and not all; rounded first, as 0.29 · 100 is 28.999999999999996."""
-    return min(int(np.floor(np.round(rate * n, 9))), n - 1)
+        return just_below(unknown[at_most(self.unknown_accepted, len(unknown))])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, HTTPException
 
 from osml_plugin.errors import OsmlError
 from osml_plugin.thresholds import guarantee
+from osml_plugin.thresholds.base import written
 
 from ..schemas import AlphaIn, Changed, History, ModelChange, ModelOut, ReloadIn
 from ..shelf import Address
@@ -29,7 +29,6 @@ def model(service: Served):
     if state.pending is not None:
         jobs = [job for job in service.store.jobs("model", 20) if job.args.get("version") == state.pending]
         progress = jobs[0].progress if jobs else None
-    tau = recognizer.threshold.tau
     return answer(
         snapshot,
         {
@@ -37,7 +36,8 @@ def model(service: Served):
             "pending": state.pending,
             "pending_progress": progress,
             "alpha": recognizer.kept_rate,
-            "threshold": tau if math.isfinite(tau) else None,
+            "threshold": written(recognizer.threshold.tau),
+            "thresholds": {name: written(tau) for name, tau in recognizer.class_thresholds.items()},
             "detector": recognizer.detector.name,
             "guarantee": str(recognizer.guarantee) if recognizer.guarantee is not None else None,
             "input": "embeddings" if recognizer.preprocessing is None else "images",
@@ -94,7 +94,9 @@ def set_alpha(service: Served, wanted: AlphaIn, by: Admin):
     recognizer = service.live.snapshot.recognizer
     if not recognizer.has_scores:
         raise HTTPException(409, "this model has no calibration items to fit another rate on: train it with some")
-    promised = guarantee(len(recognizer.calibration_scores) + len(recognizer.enrolled_scores), wanted.alpha)
+    # The rate of the enrolled examples counts only where all classes of the training are forgotten.
+    n = len(recognizer.calibration_scores) or len(recognizer.enrolled_scores)
+    promised = guarantee(n, wanted.alpha)
     if not promised.possible:
         raise HTTPException(409, str(promised))
     return changed(*service.write(service.store.set_alpha, by, wanted.alpha))
