@@ -228,7 +228,7 @@ def _cut(fingerprints: np.ndarray, shares: np.ndarray, seed: int) -> np.ndarray:
 
 def _counts(n: int, shares: np.ndarray) -> np.ndarray:
     """n items over the roles by largest remainder; train gets at least 1, then calibration at least 1."""
-    quota = n * shares / shares.sum()
+    quota = np.round(n * shares / shares.sum(), 9)  # equal remainders are to be equal
     counts = np.floor(quota).astype(np.int64)
     rest = np.argsort(counts - quota, kind="stable")[: n - counts.sum()]
     counts[rest] += 1
