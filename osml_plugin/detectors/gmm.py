@@ -35,6 +35,7 @@ class GMM(Detector, name="gmm"):
         each_class: whether every class has its own.
     """
 
+    tried_by_auto = False
     search_space = {"shrinkage": (0.01, 0.1, 0.3)}  # EM takes too long to be searched without being asked for
 
     def __init__(

@@ -22,6 +22,7 @@ class Residual(Detector, name="residual"):
         share: of the D dimensions, those that the subspace has, in (0, 1); never more than the embeddings span.
     """
 
+    tried_by_auto = False
     search_space = {"share": (0.1, 0.2, 0.5)}
     far_point_exception = "what lies opposite to the known embeddings lies in their subspace too"
 

@@ -22,6 +22,7 @@ class SSD(Detector, name="ssd"):
 
     incremental = True
     class_buffers = ("class_means", "scatters")
+    tried_by_auto = False
     search_space = {"shrinkage": (0.01, 0.1, 0.3)}
 
     def __init__(self, *, shrinkage: float = 0.1):

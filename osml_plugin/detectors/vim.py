@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,14 +32,23 @@ class ViM(ProxyDetector, name="vim"):
             raise OsmlError(f"share must be above 0 and below 1; got {share!r}")
         self.share = float(share)
 
-    def _fit(self, embeddings: Tensor, labels: Tensor, class_weights: Tensor | None) -> None:
-        super()._fit(embeddings, labels, class_weights)
-        parts = embeddings.split(self.chunk_size)
+    @classmethod
+    def _fit_all(
+        cls, detectors: Sequence[ViM], embeddings: Tensor, labels: Tensor, class_weights: Tensor | None
+    ) -> None:
+        parts = embeddings.split(cls.chunk_size)
         variances, axes = torch.linalg.eigh(torch.stack([(part.T @ part).double() for part in parts]).sum(dim=0))
         rank = int((variances > 1e-6 * variances[-1]).sum())  # the smallest come first
+        for detector in detectors:
+            detector._fit(embeddings, labels, class_weights)
+        largest = torch.stack([detectors[0]._logits(part).amax(dim=1).sum() for part in parts]).sum()
+        for detector in detectors:
+            detector._fit_outside(parts, axes, rank, largest)
+
+    def _fit_outside(self, parts: Sequence[Tensor], axes: Tensor, rank: int, largest: Tensor) -> None:
+        """Which of the axes `(D, D)` are not principal, and α from the sum of the largest logits."""
         n_principal = max(0, min(round(self.share * len(axes)), rank - 1))
         self.register_buffer("residual_axes", axes[:, : len(axes) - n_principal].float().contiguous())
-        largest = torch.stack([self._logits(part).amax(dim=1).sum() for part in parts]).sum()
         residual = torch.stack([self._residual(part).sum() for part in parts]).sum()
         self.register_buffer("alpha", largest / residual.clamp_min(torch.finfo(residual.dtype).tiny))
 
