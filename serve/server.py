@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import shutil
 import signal
 import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, redirect_stdout
+from contextlib import closing, contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -183,6 +184,12 @@ def is_open(config: ServeConfig) -> bool:
 
 
 def _free_port(host: str, port: int) -> int:
+    """The port itself, if it is free; for 0 any that is. Between this look and Ray's bind are seconds, so it is none of
+    those that systems give to whoever asks for any (32768 and above), and none of Ray's (10002 to 19999, 30000 on)."""
+    if port == 0:
+        for some in random.SystemRandom().sample(range(20000, 30000), 100):
+            with suppress(OsmlError):
+                return _free_port(host, some)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

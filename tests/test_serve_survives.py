@@ -412,7 +412,7 @@ def test_a_full_disk_is_said_and_forgotten(server, digits_folder):
 @pytest.mark.parametrize(
     ("server", "times"),
     [
-        ("sqlite", 1),
+        pytest.param("sqlite", 1, marks=pytest.mark.long),
         pytest.param("sqlite", 5, marks=pytest.mark.long),
         pytest.param("postgresql", 5, marks=pytest.mark.long),
     ],

@@ -10,17 +10,19 @@ import threading
 import time
 from collections import Counter
 
+import pytest
 from mlflow import MlflowClient
 from sweeps import SPLIT, runs_of, settings
 
 from osml_plugin.tune.sweeping import sweep
 
 
+@pytest.mark.long
 def test_a_driver_that_is_killed_is_resumed(digit_embeddings, store, tmp_path):
     """SIGKILL in mid-sweep: --resume runs exactly what is left, each trial from its checkpoint, each with one run."""
     out = tmp_path / "out"
     config = settings(trials=5, concurrent=2)
-    config["config"] = config["config"] | {"training": {"epochs": 30, "batch_size": 32}, "detector": "knn"}
+    config["config"] = config["config"] | {"training": {"epochs": 30, "batch_size": 32}}
     config["evaluate_every"] = 1
     (tmp_path / "sweep.yaml").write_text(json.dumps(config))
     (tmp_path / "split.json").write_text(json.dumps(SPLIT.to_dict()))
