@@ -150,6 +150,8 @@ class JacobianDetector:
         before_norm: bool = False,
         chunk: int | None = None,
     ):
+        if detector is not None and not isinstance(detector, Detector):
+            raise OsmlError(f"detector must be a fitted Detector, such as that of a recognizer; got {detector!r}")
         self.model, self.detector = model, detector
         self.n_projections, self.seed = n_projections, seed
         self.before_norm, self.chunk = before_norm, chunk

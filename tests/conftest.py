@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch.nn.functional import normalize
 
+from osml_plugin.cli import main
 from osml_plugin.data import write_embeddings
 
 
@@ -65,3 +67,20 @@ def store(tmp_path, monkeypatch) -> str:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     return uri
+
+
+@pytest.fixture
+def osml(monkeypatch, capsys):
+    """`osml(*arguments)` gives exit status, standard output and standard error."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["osml", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+            status = 0
+        except SystemExit as exit:
+            status = exit.code or 0
+        return status, *capsys.readouterr()
+
+    return run

@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 
 from osml_plugin import OpenSetRecognizer, OsmlError, cli
-from osml_plugin.cli import main
 from osml_plugin.data import open_items, write_embeddings
 
 SPLIT = {"known": ["0", "1", "2", "3", "4"], "pseudo_unknown": ["5", "6"], "unknown": ["7", "8", "9"]}
@@ -38,23 +37,6 @@ FIGURES = [
     "n_unknown_items",
     "discovery",
 ]
-
-
-@pytest.fixture
-def osml(monkeypatch, capsys):
-    """`osml(*arguments)` gives exit status, standard output and standard error."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["osml", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            main()
-            status = 0
-        except SystemExit as exit:
-            status = exit.code or 0
-        return status, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -494,3 +494,10 @@ def test_approximate_search_finds_almost_the_same():
     approximate, _ = NeighborIndex(references, exact_up_to=100).search(queries, 10)
     assert (exact == approximate).float().mean() > 0.95
     assert (approximate >= exact - 1e-6).all()
+
+
+def test_a_file_that_is_no_detector_is_said_in_one_line(tmp_path):
+    (tmp_path / "text").write_text("no safetensors")
+    for file in (tmp_path / "missing", tmp_path / "text"):
+        with pytest.raises(OsmlError, match="cannot read the detector"):
+            detectors.Detector.load(file)

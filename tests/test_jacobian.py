@@ -7,7 +7,6 @@ import gc
 import json
 import math
 import os
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from torch.nn.functional import normalize
 from osml_plugin import UNKNOWN, OpenSetRecognizer, OsmlError, commands, detectors, train, trunks
 from osml_plugin.bundle import save_bundle
 from osml_plugin.checkpoints import find_checkpoints, folder_of
-from osml_plugin.cli import main
 from osml_plugin.embedding import EmbeddingModel
 from osml_plugin.jacobian import JacobianDetector, estimate_jacobian_norm, jacobian_norm
 from osml_plugin.jacobian_diagnostics import Diagnosis, Diagnostics
@@ -297,21 +295,6 @@ def trained(digits_folder, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.fixture
-def osml(monkeypatch, capsys):
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["osml", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            main()
-            status = 0
-        except SystemExit as exit:
-            status = exit.code or 0
-        return status, *capsys.readouterr()
-
-    return run
-
-
 def test_checkpoints_lie_beside_the_bundle_and_are_of_its_training(trained):
     recognizer = OpenSetRecognizer.load(trained)
     found = find_checkpoints(trained, recognizer.details)
@@ -483,3 +466,8 @@ def test_correlations_need_three_checkpoints_that_differ():
     assert of((0.1, 0.5), (0.2, 0.5), (0.3, 0.5)).spearman is None
     curve = of((0.1, 0.5), (0.2, 0.6), (0.9, 0.7))
     assert curve.spearman == pytest.approx(1) and 0.8 < curve.pearson < 0.95
+
+
+def test_the_name_of_a_detector_is_no_detector():
+    with pytest.raises(OsmlError, match="fitted Detector"):
+        JacobianDetector(nn.Linear(4, 3), detector="knn")

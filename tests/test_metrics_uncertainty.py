@@ -204,3 +204,11 @@ def test_bad_input_is_refused_in_one_line(call, message):
     with pytest.raises(OsmlError, match=message) as raised:
         call()
     assert "\n" not in str(raised.value)
+
+
+def test_what_is_given_in_the_wrong_shape_is_told_the_right_one():
+    scores, labels = [0.1, 0.2, 0.3, 0.4], [0, 0, -1, -1]
+    with pytest.raises(OsmlError, match="functional.rank"):
+        delong_interval(scores)
+    with pytest.raises(OsmlError, match="pair"):
+        bootstrap_test(scores, scores, labels)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import UNKNOWN
 from ..errors import OsmlError
 from ..neighbors import NeighborIndex
-from ..registry import Named, Registry
+from ..registry import Named, Registry, refusing
 
 registry: Registry[Detector] = Registry("detector")
 
@@ -188,8 +188,9 @@ class Detector(Named, nn.Module):
 
     @staticmethod
     def load(path: str | Path, device: str | torch.device = "cpu") -> Detector:
-        """The detector that `save` wrote."""
-        with safe_open(path, "pt", device=str(device)) as file:
+        """The detector that `save` wrote. OsmlError for a file that is not there, or another."""
+        advice = "name a file that Detector.save wrote"
+        with refusing(f"cannot read the detector '{path}'", advice), safe_open(path, "pt", device=str(device)) as file:
             meta = file.metadata() or {}
             if "detector" not in meta:
                 raise OsmlError(f"'{path}' is not a detector: expected a file that Detector.save wrote")

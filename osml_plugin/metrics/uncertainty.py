@@ -53,6 +53,8 @@ def delong_interval(ranking: Ranking, level: float = 0.95) -> Interval:
     Raises:
         OsmlError: fewer than two items of a kind; `level` not inside (0, 1).
     """
+    if not isinstance(ranking, Ranking):
+        raise OsmlError("delong_interval takes a ranking: give functional.rank(scores, labels, predictions)")
     z = _quantile(level)
     _check_enough(ranking)
     of_unknown, of_known = _placements(ranking)
@@ -159,6 +161,8 @@ def bootstrap_test(
     """
     _check_names([metric])
     _quantile(level)
+    if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in (first, second)):
+        raise OsmlError("bootstrap_test takes the pair (scores, predictions) of each detector")
     items = [_Items(scores, labels, predictions) for scores, predictions in (first, second)]
     figure = RANK_METRICS[metric]
     drawn = np.array([figure(one) - figure(other) for one, other in _draws(items, draws, seed)])
