@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..registry import checked_count, checked_positive
-from .logits import MSP, LogitDetector, others
+from .logits import MSP, LogitDetector, of_class, others
 
 
 class GEN(LogitDetector, name="gen"):
@@ -27,7 +27,7 @@ class GEN(LogitDetector, name="gen"):
 
     def _logit_score(self, logits: Tensor, nearest: Tensor) -> Tensor:
         p = torch.softmax(logits, dim=1)
-        variances = (p * (1 - p)).scatter_(1, nearest[:, None], (p.amax(dim=1) * others(p, nearest))[:, None])
+        variances = (p * (1 - p)).scatter_(1, nearest[:, None], (of_class(p, nearest) * others(p, nearest))[:, None])
         if self.top < p.shape[1]:  # the largest p(1 − p) are those of the largest p
             variances = variances.topk(self.top, dim=1, sorted=False).values
         return variances.pow(self.gamma).sum(dim=1)

@@ -105,8 +105,8 @@ class OpenMax(LogitDetector, name="openmax"):
         alpha = min(self.alpha, logits.shape[1])
         logits = logits - logits.amin(dim=1, keepdim=True).clamp_max(0)
         top, classes = logits.topk(alpha, dim=1)
-        # One rank at a time: the differences of all would take α times the memory.
-        distances = torch.stack([(points - self.means[c]).norm(dim=1) for c in classes.T], dim=1)
+        # To all classes, though only α count: a product of matrices in double precision beats gathering their means.
+        distances = torch.cdist(points, self.means, compute_mode="use_mm_for_euclid_dist").gather(1, classes)
         x = distances - self.lowest[classes] + TRANSLATION
         share = torch.arange(alpha, 0, -1, device=x.device) / alpha
         lost = top * share * weibull_cdf(x, self.shapes[classes], self.scales[classes]).float()

@@ -26,7 +26,7 @@ class ShapedEnergy(ProxyDetector):
         return super()._logits(self._shaped(embeddings))
 
     def _item_score(self, embeddings: Tensor, logits: Tensor, nearest: Tensor) -> Tensor:
-        return -log_sum_exp(logits)
+        return -log_sum_exp(logits, nearest)
 
 
 class ReAct(ShapedEnergy, name="react"):

@@ -56,4 +56,4 @@ class ViM(ProxyDetector, name="vim"):
         return (embeddings @ self.residual_axes).norm(dim=1)
 
     def _item_score(self, embeddings: Tensor, logits: Tensor, nearest: Tensor) -> Tensor:
-        return self.alpha * self._residual(embeddings) - log_sum_exp(logits)
+        return self.alpha * self._residual(embeddings) - log_sum_exp(logits, nearest)

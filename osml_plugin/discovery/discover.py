@@ -13,18 +13,16 @@ from tqdm import tqdm
 from ..errors import OsmlError
 from ..metrics.checks import check_vector
 from .granularity import as_good_as_the_best, bcubed, merge, split, stability
-from .graph import communities, neighbor_graph, own_share
+from .graph import own_share
+from .methods import create
+from .pool import Pool
 
-RESOLUTIONS = 0.02 * 1.4 ** np.arange(24)
-"""From a few groups in all to groups of about as many items as have each other among their nearest."""
 STABLE = 0.9
 """Without known classes: the finest grouping that is this stable (adjusted Rand index, see `stability`)."""
 AT_HOME = 4
 """A group is one of known items if it is this many times as frequent among them as among the unknown ones."""
 N_EXEMPLARS = 9
 LEFT_OUT = -1
-SAME = 5
-"""Decimals of a unit vector to which two embeddings are taken for copies of one item."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,7 @@ def discover(
     known_labels: ArrayLike | torch.Tensor | None = None,
     in_gallery: ArrayLike | None = None,
     n_classes: int | None = None,
+    method: str = "auto",
     seed: int = 0,
     progress: Callable[[float], None] | None = None,
 ) -> Discovery:
@@ -82,6 +81,7 @@ def discover(
         in_gallery: `(M,)` bool: those whose class can be recognised already, None = all. Groups of these are left out;
             the others (of pseudo-unknown classes, say) set the granularity only, and may be found as new classes.
         n_classes: The number of classes, where it is known: then there are exactly so many.
+        method: `methods.names()`, or auto.
         seed: Of the community search; the same seed gives the same groups, in whatever order the items come (the
             approximate search above 100,000 items excepted).
         progress: Told how far it is, from 0 to 1; what it raises ends the work.
@@ -99,21 +99,20 @@ def discover(
     if n_classes is not None:
         known, classes = known[:0], classes[:0]  # nothing is left for them to decide
 
-    # Copies are one node, or else a photograph stored twenty times would be a class. Sorting them also makes the
-    # result independent of the order of the items.
-    nodes, node = np.unique(np.concatenate([items, known]).round(SAME) + 0.0, axis=0, return_inverse=True)
-    of_item, of_known = node[:n], node[n:]
+    pool = Pool.of(items, known, classes)
+    of_item, of_known = pool.of_item, pool.of_known
     of_gallery = of_known if in_gallery is None or not len(known) else of_known[np.asarray(in_gallery, dtype=bool)]
-    graph = neighbor_graph(nodes)
 
-    ladder, counts, scores = [], [], []
-    for rung, resolution in enumerate(tqdm(RESOLUTIONS, desc="discovery", delay=2, leave=False)):
+    ladder, granularities, counts, scores = [], [], [], []
+    way = create("communities" if method == "auto" else method)
+    rungs = tqdm(way.ladder(pool, seed), total=way.n_rungs, desc="discovery", delay=2, leave=False)
+    for rung, (granularity, groups) in enumerate(rungs):
         if progress is not None:
-            progress(rung / len(RESOLUTIONS))
-        groups = communities(graph, resolution, seed + rung)  # other seeds, so that stability is not feigned
-        if n_classes is None and ladder and groups.max() + 1 > len(nodes) / 2:
+            progress(rung / way.n_rungs)
+        if n_classes is None and ladder and groups.max() + 1 > len(pool.nodes) / 2:
             break  # a class of one item is none; that each is alone would be very stable
         ladder.append(groups)
+        granularities.append(granularity)
         counts.append(int(_new_groups(groups, of_item, of_gallery).max()) + 1)
         if n_classes is not None and counts[-1] >= n_classes:
             break
@@ -124,7 +123,7 @@ def discover(
 
     if n_classes is not None:
         source, chosen, interval = "given n_classes", len(ladder) - 1, (n_classes, n_classes)
-        groups = merge(graph, ladder[chosen], min(n_classes, counts[chosen]))
+        groups = merge(pool.graph, ladder[chosen], min(n_classes, counts[chosen]))
         labels = split(items, groups[of_item], n_classes)
         groups[of_item] = labels
     else:
@@ -144,10 +143,10 @@ def discover(
     return Discovery(
         labels=rank[labels],
         n_classes=len(by_size),
-        confidence=own_share(graph, groups)[of_item],
+        confidence=own_share(pool.graph, groups)[of_item],
         exemplars=tuple(_exemplars(items, of_item, np.flatnonzero(labels == group)) for group in by_size),
         n_classes_interval=interval,
-        granularity=float(RESOLUTIONS[chosen]),
+        granularity=granularities[chosen],
         granularity_source=source,
     )
 
