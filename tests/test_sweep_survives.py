@@ -12,9 +12,11 @@ from collections import Counter
 
 import pytest
 from mlflow import MlflowClient
+from ray import tune
 from sweeps import SPLIT, runs_of, settings
 
 from osml_plugin.tune.sweeping import sweep
+from osml_plugin.tune.trial import STATE, is_there, last_checkpoint
 
 
 @pytest.mark.long
@@ -62,7 +64,7 @@ def test_a_driver_that_is_killed_is_resumed(digit_embeddings, store, tmp_path):
     resumed = subprocess.run([*command, "--resume"], capture_output=True, text=True, cwd=tmp_path, timeout=200)
     assert resumed.returncode == 0, resumed.stderr
     result = json.loads(resumed.stdout)
-    assert (result["trials"], result["finished"]) == (5, 5)
+    assert (result["trials"], result["finished"]) == (5, 5), result["failures"]
     after = entries()[len(before) :]
     assert not done & {e["id"] for e in after}
     went_on = [e["figures"]["epoch"] for e in after if "figures" in e and e["id"] in busy - done]
@@ -73,6 +75,27 @@ def test_a_driver_that_is_killed_is_resumed(digit_embeddings, store, tmp_path):
     client = MlflowClient(store)
     for run in nested:
         assert [m.step for m in client.get_metric_history(run.info.run_id, "oscr")] == list(range(1, 31))
+
+
+@pytest.mark.parametrize(
+    ("there", "found"),
+    [((2, 3, 4), 2), ((1, 3, 4), 3), ((1, 10), 10), ((1,), None), ((), None)],
+)
+def test_a_checkpoint_that_was_deleted_after_the_last_snapshot_is_the_next_one(there, found, tmp_path, monkeypatch):
+    for number in there:
+        (tmp_path / f"checkpoint_{number:06d}").mkdir()
+        (tmp_path / f"checkpoint_{number:06d}" / STATE).touch()
+    (tmp_path / "checkpoint_000002").mkdir(exist_ok=True)  # one that is just being deleted may be there, and empty
+    named = tune.Checkpoint.from_directory(tmp_path / "checkpoint_000002")
+    monkeypatch.setattr(tune, "get_checkpoint", lambda: named)
+    assert is_there(named) == (2 in there)
+    checkpoint = last_checkpoint()
+    assert (checkpoint and checkpoint.path) == (found and str(tmp_path / f"checkpoint_{found:06d}"))
+
+
+def test_a_trial_that_begins_has_no_checkpoint(monkeypatch):
+    monkeypatch.setattr(tune, "get_checkpoint", lambda: None)
+    assert last_checkpoint() is None
 
 
 def test_a_node_that_is_killed_costs_no_trial(digit_embeddings, store, tmp_path):

@@ -33,6 +33,7 @@ from .trial import (
     evaluated,
     fold_runs,
     go_on,
+    last_checkpoint,
     params_of,
     report,
     report_failure,
@@ -65,7 +66,7 @@ def _run(params: Mapping[str, Any], data: list[ray.ObjectRef], plan: Plan) -> No
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "120"
     desk = Desk.remote()
     given = {"params": params, "data": data, "plan": plan, "desk": desk, "state": []}
-    if checkpoint := tune.get_checkpoint():
+    if checkpoint := last_checkpoint():
         with checkpoint.as_directory() as folder:
             given["state"] = [ray.put(Path(folder, STATE).read_bytes())]
     with tempfile.TemporaryDirectory() as folder:  # for Ray Train's own notes: it sees no checkpoint

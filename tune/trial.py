@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pyarrow.fs import FileSelector
 from ray import tune
 
 from osml_plugin import thresholds
@@ -96,7 +97,7 @@ def _run(params: Mapping[str, Any], data: SweepData, plan: Plan) -> None:
     config = plan.space.config(params)
     torch.set_num_threads(max(1, int(plan.settings.resources.cpu)))
     runs = fold_runs(config, data)
-    if checkpoint := tune.get_checkpoint():
+    if checkpoint := last_checkpoint():
         go_on(runs, _load(checkpoint))
     for loss, seconds in advanced(runs, plan):
         report(evaluated(runs, config, plan, loss, seconds), lambda file: torch.save(state_of(runs), file))
@@ -152,9 +153,30 @@ def report(figures: dict[str, Any], write_state: Callable[[Path], Any]) -> None:
 
 def report_failure(error: OsmlError, plan: Plan) -> None:
     """The last report of a trial whose configuration cannot do."""
-    checkpoint = tune.get_checkpoint()
+    checkpoint = last_checkpoint()
     epoch = _load(checkpoint)["epoch"] if checkpoint else 0
     tune.report({"epoch": epoch, plan.settings.objective: 0.0, "error": " ".join(str(error).split())})
+
+
+def last_checkpoint() -> tune.Checkpoint | None:
+    """From which the trial goes on.
+
+    Where a sweep was killed, its last snapshot may name one that has been deleted since. Ray deletes a checkpoint only
+    after the next one was reported, so that the next that is there is the right one.
+    """
+    if (named := tune.get_checkpoint()) is None:
+        return None
+    folder, name = named.path.rsplit("/", 1)
+    beside = named.filesystem.get_file_info(FileSelector(folder, allow_not_found=True))
+    kind = name.rstrip("0123456789")
+    later = sorted(file.base_name for file in beside if file.base_name.startswith(kind) and file.base_name >= name)
+    found = (tune.Checkpoint(f"{folder}/{other}", named.filesystem) for other in later)
+    return next(filter(is_there, found), None)
+
+
+def is_there(checkpoint: tune.Checkpoint) -> bool:
+    """Whether its file is still in the storage."""
+    return checkpoint.filesystem.get_file_info(f"{checkpoint.path}/{STATE}").is_file
 
 
 def state_of(runs: list[TrainingRun]) -> dict[str, Any]:

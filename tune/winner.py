@@ -18,7 +18,7 @@ from osml_plugin.selection import Candidate
 
 from .folds import SweepData
 from .results import Trial
-from .trial import Plan, load_run, params_of
+from .trial import Plan, is_there, load_run, params_of
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ def find_winner(ranked: list[Trial], results: tune.ResultGrid, plan: Plan) -> Wi
     kept = {}
     for result in results:
         for checkpoint, metrics in result.best_checkpoints or []:
+            if not is_there(checkpoint):  # of a sweep that was killed: replaced after the last snapshot
+                continue
             before = kept.get(metrics["trial_id"])
             if before is None or metrics[plan.settings.objective] > before[1][plan.settings.objective]:
                 kept[metrics["trial_id"]] = (checkpoint, metrics)
