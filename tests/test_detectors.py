@@ -225,6 +225,49 @@ class TestContractOfTheBase:
             detector.fit(embeddings, labels, weights[:4])
 
 
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda w: w.index_fill(0, torch.tensor([3]), torch.nan), "1 of 5 classes hold NaN or infinity.*row 3"),
+        (lambda w: w.double() * 1e300, "5 of 5 classes hold NaN or infinity"),
+        (lambda w: w[:, None][:, :0], r"proxies, 16\); got \(5, 0, 16\)"),
+        (lambda w: [[1.0, 2.0], [3.0]], "class weights must be numbers"),
+        (lambda w: "proxies", "class weights must be numbers"),
+    ],
+)
+def test_bad_class_weights_are_refused(data, spoil, message):
+    embeddings, labels, weights, queries = data
+    detector = freshly_fitted("energy", {}, data)
+    with pytest.raises(OsmlError, match=message):
+        detector.fit(embeddings, labels, spoil(weights))
+    assert torch.equal(detector.score(queries), fitted("energy", {}, data).score(queries))  # it is as it was
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int64])
+def test_the_largest_label_of_a_type_is_not_unknown(data, dtype):
+    """PyTorch finds 255 in 8 bits without a sign equal to −1."""
+    embeddings, labels, _, queries = data
+    largest = {torch.uint8: 255, torch.uint16: 65535}.get(dtype, 2**40)
+    labels = torch.where(labels == 30, largest, labels)
+    classes = detectors.create("knn").fit(embeddings, labels.to(dtype)).predict(queries)[0]
+    assert torch.equal(classes, detectors.create("knn").fit(embeddings, labels).predict(queries)[0])
+    assert largest in classes
+
+
+def test_a_fit_that_fails_halfway_is_none(data, monkeypatch):
+    detector = freshly_fitted("knn", {}, data)
+
+    def broken(self):
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(type(detector), "_fitted", broken)
+        detector.fit(*data[:2])
+    with pytest.raises(OsmlError, match="not fitted"):
+        detector.score(data[3])
+    assert torch.equal(detector.fit(*data[:2]).score(data[3]), fitted("knn", {}, data).score(data[3]))
+
+
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
@@ -248,6 +291,11 @@ def test_unknown_names_show_the_nearest():
         ("ssd", {"shrinkage": 1.5}),
         ("gmm", {"n_components": 0}),
         ("gmm", {"covariance": "round"}),
+        ("gmm", {"each_class": "no"}),
+        # Beyond what single precision, or double precision where it is squared, tells from 0 and infinity.
+        ("energy", {"temperature": 1e-40}),
+        ("entropy", {"temperature": 1e40}),
+        ("ssd", {"shrinkage": 1e-12}),
     ],
 )
 def test_parameters_out_of_range_are_refused(name, params):
@@ -358,7 +406,7 @@ def test_pytorch_oods_mahalanobis_shrinks_as_the_items_grow(data):
             ("relative_mahalanobis", peers.RMD(None), n),
         ):
             expected = factor * theirs.fit_features(x, y).predict_features(queries)
-            found = detectors.create(ours, shrinkage=1e-9).fit(x, y).score(queries)
+            found = detectors.create(ours, shrinkage=1e-6).fit(x, y).score(queries)
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
@@ -418,11 +466,11 @@ def test_gmm_of_one_gaussian_a_class_is_its_formula(data, kind, covariance):
 
 def test_gmm_is_its_peers(data):
     embeddings, labels, _, queries = data
-    found = detectors.create("gmm", shrinkage=1e-8).fit(embeddings, labels).score(queries)
+    found = detectors.create("gmm", shrinkage=1e-6).fit(embeddings, labels).score(queries)
     theirs = peers.GMM(None, reg=1e-10).fit_features(embeddings, labels).predict_features(queries)
     torch.testing.assert_close(found, theirs.float(), rtol=1e-4, atol=1e-3)
 
-    diagonal = detectors.create("gmm", shrinkage=1e-8, covariance="diag").fit(embeddings, labels)
+    diagonal = detectors.create("gmm", shrinkage=1e-6, covariance="diag").fit(embeddings, labels)
     bayes = GaussianNB(var_smoothing=0).fit(embeddings.double(), labels)
     expected = -scipy.special.logsumexp(bayes.predict_joint_log_proba(queries.double()), axis=1)
     torch.testing.assert_close(diagonal.score(queries), torch.from_numpy(expected).float(), rtol=1e-4, atol=1e-3)
@@ -436,7 +484,7 @@ def test_gmm_finds_what_scikit_learn_finds(data, covariance):
     expected = GaussianMixture(5, covariance_type=covariance, reg_covar=1e-9, n_init=5, random_state=1)
     expected = -expected.fit(embeddings.double()).score_samples(queries.double())
     for kwargs, y in (({"each_class": False}, labels), ({}, torch.full_like(labels, 3))):
-        detector = detectors.create("gmm", n_components=5, covariance=covariance, shrinkage=1e-8, **kwargs)
+        detector = detectors.create("gmm", n_components=5, covariance=covariance, shrinkage=1e-6, **kwargs)
         detector.fit(embeddings, y)
         np.testing.assert_allclose(detector.score(queries), expected, rtol=1e-4, atol=1e-3)
         assert torch.equal(detector.predict(embeddings)[0], y)
@@ -447,6 +495,19 @@ def test_gmm_takes_no_more_gaussians_than_items():
     embeddings, labels = torch.cat([embeddings[:5], embeddings[4:5]]), torch.tensor([0, 0, 0, 0, 1, 1])
     detector = detectors.create("gmm", n_components=9).fit(embeddings, labels)  # class 1 has one item, twice
     assert detector.class_shares.shape[1] == 5 and detector.score(embeddings).isfinite().all()
+
+
+@pytest.mark.parametrize("covariance", ["full", "diag"])
+@pytest.mark.parametrize("size", [1.0, 1e4])
+def test_gmm_of_items_that_are_all_repetitions_goes_by_the_distance(covariance, size):
+    """Each Gaussian has no spread but what rounding leaves, of its mean and of how far others belong to it: none."""
+    points = size * torch.randn(3, 33, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(3).repeat(7)
+    detector = detectors.create("gmm", n_components=5, covariance=covariance, each_class=False)
+    near = points + 0.1 * size
+    classes, scores = detector.fit(points[labels], labels).predict(torch.cat([points, near]))
+    assert scores.isfinite().all() and scores[:3].max() < scores[3:].min()
+    assert torch.equal(classes, torch.arange(3).repeat(2))
 
 
 def test_logit_scores_are_their_formulas(data):
@@ -494,6 +555,27 @@ def test_approximate_search_finds_almost_the_same():
     approximate, _ = NeighborIndex(references, exact_up_to=100).search(queries, 10)
     assert (exact == approximate).float().mean() > 0.95
     assert (approximate >= exact - 1e-6).all()
+
+
+@pytest.mark.parametrize("name", ["movr", "openmax", "react", "scale"])
+def test_a_file_gives_the_very_same_scores_at_any_width(name, tmp_path):
+    """In a file tensors follow each other closely, and where a row starts in memory decides how a product is rounded."""
+    draw = torch.Generator().manual_seed(0)
+    for width in (5, 7, 16, 17, 33, 63, 65):
+        for n_classes, n_queries in ((1, 3), (1, 17), (5, 1)):
+            labels = torch.arange(n_classes).repeat_interleave(4)
+            weights = torch.randn(n_classes, width, generator=draw)
+            embeddings = weights[labels] + 0.3 * torch.randn(len(labels), width, generator=draw)
+            detector = detectors.create(name).fit(embeddings, labels, weights)
+            detector.save(tmp_path / "detector")
+            queries = torch.randn(n_queries, width, generator=draw)
+            loaded = detectors.Detector.load(tmp_path / "detector")
+            assert torch.equal(loaded.score(queries), detector.score(queries))
+
+
+def test_a_file_that_cannot_be_written_is_said_in_one_line(data, tmp_path):
+    with pytest.raises(OsmlError, match="cannot write the detector .*name a file in a folder that is there"):
+        fitted("knn", {}, data).save(tmp_path / "missing" / "detector")
 
 
 def test_a_file_that_is_no_detector_is_said_in_one_line(tmp_path):

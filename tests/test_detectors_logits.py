@@ -317,6 +317,17 @@ def test_movr_tells_unknown_items_where_proxies_repel_each_other():
     assert detector.score(unknown).quantile(0.1) > detector.score(known).quantile(0.9)
 
 
+def test_movr_tells_items_apart_that_hardly_lose_anything():
+    """At T = 32 the loss of items near a proxy is far below the rounding of T cos(x, w), which no term may be added to."""
+    simplex = normalize(torch.eye(4) - 1 / 4)
+    near = normalize(simplex[0] + torch.linspace(0, 0.05, 8)[:, None] * simplex[1])
+    wide = near.double().numpy(), torch.zeros(8).numpy(), simplex.double()[:, None].numpy()
+    expected = np.array([np.logaddexp(0, 32 * np.array([-1, 1, 1, 1]) * (wide[2][:, 0] @ x)).sum() for x in wide[0]])
+    found = scores_of("movr", (near, torch.arange(8) % 4, simplex, near))
+    assert expected.max() < 1e-3
+    close(found, expected, rtol=1e-4, atol=0)
+
+
 # Edges and invariants --------------------------------------------------------------------------------------------------
 
 
@@ -389,7 +400,7 @@ def test_softmax_scores_do_not_depend_on_a_shift_of_all_logits(shift, seed):
         ("react", {"percentile": 1.5}, "percentile must be a share from 0 to 1.0; got 1.5"),
         ("ash", {"percentile": 0.99}, "percentile must be a share from 0 to 0.95; got 0.99"),
         ("scale", {"percentile": "most"}, "finite number"),
-        ("movr", {"scale": -1}, "scale of detector 'movr' must be above 0; got -1"),
+        ("movr", {"scale": -1}, "scale of detector 'movr' must be from 1e-6 to 1e6; got -1"),
     ],
 )
 def test_parameters_out_of_range_are_refused(name, params, message):

@@ -229,6 +229,13 @@ def test_largest_of_classes():
     ]
 
 
+def test_openmax_takes_any_tail_and_alpha():
+    embeddings, labels, weights, queries = items()
+    expected = detectors.create("openmax", tail=60, alpha=6).fit(embeddings, labels, weights).score(queries)
+    found = detectors.create("openmax", tail=10**30, alpha=10**30).fit(embeddings, labels, weights).score(queries)
+    assert torch.equal(found, expected)
+
+
 # EVM ----------------------------------------------------------------------------------------------------------
 
 
@@ -299,7 +306,7 @@ def test_evm_keeps_what_covers_the_rest(cover, pairs, monkeypatch):
         }
         left = set(rows)
         while left:
-            best = max(rows, key=lambda i: len(covers[i] & left))
+            best = max(rows, key=lambda i: (len(covers[i] & left), inclusion[i][2]))
             kept.append(best)
             left -= covers[best]
     kept = np.sort(kept)
@@ -308,6 +315,29 @@ def test_evm_keeps_what_covers_the_rest(cover, pairs, monkeypatch):
     np.testing.assert_allclose(detector.references + detector.mean, wide[kept], atol=1e-6)
     expected, _ = slow_evm([inclusion[i] for i in kept], labels.numpy()[kept], queries.double().numpy())
     np.testing.assert_allclose(detector.score(queries), expected, rtol=2e-4, atol=1e-5)
+
+
+def test_evm_covers_alike_in_any_order():
+    """Many references include as many others: which of them is kept must not be the first."""
+    embeddings, labels, _, queries = items(per_class=25, spread=0.1)
+    expected = detectors.create("evm", cover=0.5).fit(embeddings, labels).score(queries)
+    for seed in range(5):
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+        found = detectors.create("evm", cover=0.5).fit(embeddings[order], labels[order]).score(queries)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cover", [None, 0.5])
+def test_evm_of_references_that_others_repeat_as_often_as_the_tail_is_long(cover):
+    """They have no margin at all, and what they include is nothing but themselves; the others are as before."""
+    embeddings, labels, _, queries = items(per_class=20, spread=0.1)
+    repeated, of_others = embeddings[:1].repeat(20, 1), torch.arange(20) % 5 + 1
+    x, y = torch.cat([embeddings, repeated]), torch.cat([labels, of_others])
+    scores = detectors.create("evm", tail=10, cover=cover).fit(x, y).score(queries)
+    assert scores.isfinite().all() and scores[-30:].median() < scores[:80].median()
+    same = detectors.create("evm", cover=cover).fit(torch.ones(6, 4), torch.arange(6) % 2)
+    here, near, far = same.score(torch.tensor([1.0, 1.01, 2.0])[:, None].expand(-1, 4)).tolist()
+    assert here < near < far < np.inf
 
 
 # Nearest ratio, residual, norm --------------------------------------------------------------------------------
@@ -453,6 +483,29 @@ def test_combination_needs_what_its_members_need(combined):
     assert needing.needs_class_weights and not detectors.create("combination").needs_class_weights
     with pytest.raises(OsmlError, match="'combination' needs class weights"):
         needing.fit(*data[:2])
+
+
+def test_combination_takes_numbers_of_any_type(combined, tmp_path):
+    data, _ = combined
+    members = [{"name": "knn", "k": np.int64(3)}, {"name": "mahalanobis", "shrinkage": np.float32(0.5)}]
+    detector = detectors.create("combination", members=members).fit(*data[:2])
+    detector.save(tmp_path / "detector")
+    loaded = detectors.Detector.load(tmp_path / "detector")
+    assert loaded.members == [{"name": "knn", "k": 3}, {"name": "mahalanobis", "shrinkage": 0.5}]
+    assert torch.equal(loaded.score(data[3]), detector.score(data[3]))
+
+
+def test_combination_forgets_what_its_members_were(combined):
+    """OpenMax keeps one tensor more of one proxy a class than of two."""
+    embeddings, labels, weights, queries = combined[0]
+    twice = torch.stack([weights, weights.roll(1, dims=1)], dim=1)
+    made = [detectors.create("combination", members=["openmax"], how=how) for how in ("rank", "p_value")]
+    for detector in made:
+        detector.fit(embeddings, labels, weights)
+    found = {i: scores for i, _, scores in detectors.Detector.scan(made, embeddings, labels, queries, twice)}
+    for i, how in enumerate(("rank", "p_value")):
+        fresh = detectors.create("combination", members=["openmax"], how=how).fit(embeddings, labels, twice)
+        assert torch.equal(found[i], fresh.score(queries))
 
 
 def test_combinations_that_differ_in_how_share_their_members(combined):

@@ -184,7 +184,8 @@ class Detector(Named, nn.Module):
         if "class_labels" not in self._buffers:
             raise OsmlError(f"detector '{self.name}' is not fitted: there is nothing to save yet")
         tensors = {k: v.contiguous() for k, v in self._buffers.items()}
-        save_file(tensors, path, {"detector": self.name, "params": json.dumps(self.params)})
+        with refusing(f"cannot write the detector '{path}'", "name a file in a folder that is there"):
+            save_file(tensors, path, {"detector": self.name, "params": json.dumps(self.params)})
 
     @staticmethod
     def load(path: str | Path, device: str | torch.device = "cpu") -> Detector:
@@ -196,7 +197,8 @@ class Detector(Named, nn.Module):
                 raise OsmlError(f"'{path}' is not a detector: expected a file that Detector.save wrote")
             detector = registry.create(meta["detector"], **json.loads(meta["params"]))
             for key in file.keys():  # noqa: SIM118 - a safetensors file is not a dict
-                detector.register_buffer(key, file.get_tensor(key))
+                # A copy starts where memory of its own does, and products of matrices round by where they start.
+                detector.register_buffer(key, file.get_tensor(key).clone())
         detector._fitted()
         return detector
 
@@ -307,23 +309,28 @@ def fit_together(
     class_labels, inverse = known.long().unique(return_inverse=True)
     weights = [detector._checked_weights(class_weights, len(class_labels), embeddings) for detector in detectors]
     class_weights = weights[0]
-    for detector in detectors:
-        detector._buffers.clear()
-        detector.register_buffer("class_labels", class_labels)
-        detector.register_buffer("width", torch.tensor(embeddings.shape[1], device=embeddings.device))
-        if detector.incremental:
-            detector.register_buffer("class_counts", inverse.bincount())
-    if detectors[0].searches_references:
-        if index is None:
-            index = NeighborIndex.of_copy(embeddings, inverse)
+    try:
+        for detector in detectors:
+            detector._buffers.clear()
+            detector.register_buffer("class_labels", class_labels)
+            detector.register_buffer("width", torch.tensor(embeddings.shape[1], device=embeddings.device))
+            if detector.incremental:
+                detector.register_buffer("class_counts", inverse.bincount())
+        if detectors[0].searches_references:
+            if index is None:
+                index = NeighborIndex.of_copy(embeddings, inverse)
+            else:
+                inverse = torch.full_like(labels, -1, dtype=torch.long).masked_scatter(present, inverse)
+            detectors[0]._fit_all(detectors, index, inverse, class_weights)
         else:
-            inverse = torch.full_like(labels, -1, dtype=torch.long).masked_scatter(present, inverse)
-        detectors[0]._fit_all(detectors, index, inverse, class_weights)
-    else:
-        embeddings = embeddings if present is None or bool(present.all()) else embeddings[present]
-        detectors[0]._fit_all(detectors, embeddings, inverse, class_weights)
-    for detector in detectors:
-        detector._fitted()
+            embeddings = embeddings if present is None or bool(present.all()) else embeddings[present]
+            detectors[0]._fit_all(detectors, embeddings, inverse, class_weights)
+        for detector in detectors:
+            detector._fitted()
+    except BaseException:  # half of a fit is none
+        for detector in detectors:
+            detector._buffers.clear()
+        raise
 
 
 @torch.no_grad()
@@ -380,11 +387,12 @@ def check_labels(labels: ArrayLike, embeddings: Tensor, present: Tensor | None =
         labels = torch.as_tensor(labels, device=embeddings.device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise OsmlError(f"labels must be integers, one for each embedding: {error}") from error
-    if labels.shape != embeddings.shape[:1] or labels.is_floating_point():
+    if labels.shape != embeddings.shape[:1] or labels.is_floating_point() or labels.is_complex():
         raise OsmlError(
             f"labels must be integers of shape ({len(embeddings)},), one for each embedding; "
             f"got {labels.dtype} of shape {tuple(labels.shape)}"
         )
+    labels = labels.long()  # first, because 255 in 8 bits without a sign equals −1 to PyTorch
     if len(embeddings) == 0:
         raise OsmlError("no embeddings to fit on: give at least one for each known class")
     if ((labels if present is None else labels[present]) == UNKNOWN).any():
@@ -393,13 +401,23 @@ def check_labels(labels: ArrayLike, embeddings: Tensor, present: Tensor | None =
 
 
 def check_class_weights(weights: ArrayLike, n_classes: int, embeddings: Tensor) -> Tensor:
-    """`(C, P, D)` float32 beside `embeddings`, of weights `(C, D)` or `(C, P, D)`."""
-    weights = torch.as_tensor(weights, dtype=torch.float32, device=embeddings.device)
+    """`(C, P, D)` finite float32 beside `embeddings`, of weights `(C, D)` or `(C, P, D)`."""
+    try:
+        weights = torch.as_tensor(weights, dtype=torch.float32, device=embeddings.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise OsmlError(f"class weights must be numbers, a row a class: {' '.join(str(error).split())}") from error
     weights = weights[:, None] if weights.ndim == 2 else weights
-    if weights.ndim != 3 or weights.shape[0] != n_classes or weights.shape[2] != embeddings.shape[1]:
+    right = weights.ndim == 3 and weights.shape[::2] == (n_classes, embeddings.shape[1]) and weights.shape[1] > 0
+    if not right:
         raise OsmlError(
             f"class weights must be of shape ({n_classes}, {embeddings.shape[1]}) or "
             f"({n_classes}, proxies, {embeddings.shape[1]}); got {tuple(weights.shape)}"
+        )
+    bad = ~weights.isfinite().all(dim=2).all(dim=1)
+    if bad.any():
+        raise OsmlError(
+            f"class weights of {int(bad.sum())} of {n_classes} classes hold NaN or infinity, the first in row "
+            f"{int(bad.nonzero()[0])}: look at the loss that they are of"
         )
     return weights.contiguous()  # so that a file, which always is, gives the very same scores
 

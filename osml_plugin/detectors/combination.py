@@ -49,9 +49,13 @@ class Combination(Detector, name="combination"):
             )
         if how not in HOW:
             raise unknown_name("way to combine (how)", how, HOW)
-        self.members = [m if isinstance(m, str) else dict(m) for m in members]
+        self._members = _made(members)
+        # The members' own numbers, which a file can hold whatever type was given.
+        self.members = [
+            m if isinstance(m, str) else {k: m[k] if k == "name" else made.params[k] for k in m}
+            for m, made in zip(members, self._members, strict=True)
+        ]
         self.how = how
-        self._members = _made(self.members)
         # Of this object, not of the class: it is the members' matter.
         self.needs_class_weights = any(m.needs_class_weights for m in self._members)
 
@@ -85,8 +89,7 @@ class Combination(Detector, name="combination"):
     def _fitted(self) -> None:
         for i, member in enumerate(self._members):
             prefix = f"{i}_"
-            own = {k.removeprefix(prefix): v for k, v in self._buffers.items() if k.startswith(prefix)}
-            member._buffers |= own
+            member._buffers = {k.removeprefix(prefix): v for k, v in self._buffers.items() if k.startswith(prefix)}
             member._fitted()
 
     def _score_and_class(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,9 @@ from .weibull import fit_weibull
 MAX_PAIRS = 2**24
 """Pairs of items looked at at once: 64 MiB of distances."""
 
+LEAST_DISTANCE = 1e-15
+"""Nearer ones count as this far: where the whole tail repeats a reference, its class reaches no farther."""
+
 
 class EVM(Detector, name="evm"):
     """log(1 − log max_i Ψ_i(x)), Ψ_i(x) = exp(−(‖x_i − x‖ / λ_i)^κ_i) (Rudd et al. 2018).
@@ -71,7 +74,7 @@ class EVM(Detector, name="evm"):
         half = torch.cat([others.search(r, self.tail)[0] / 2 for r in references.split(self.chunk_size)])
         counts = half > 1e-6 * half[:, -1:]
         counts[:, -1] = True
-        return fit_weibull(half, counts)
+        return fit_weibull(half.clamp_min(LEAST_DISTANCE), counts)
 
     def _score_and_class(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         x = embeddings - self.mean
@@ -90,13 +93,14 @@ def log_exponents(x: Tensor, references: Tensor, shapes: Tensor, log_scales: Ten
     """κ_i (ln ‖x_i − x‖ − ln λ_i) `(N, R)`, the logarithm of −log Ψ_i(x)."""
     squares = x.square().sum(dim=1, keepdim=True) + references.square().sum(dim=1)
     # In place, because this is all the memory that a prediction takes.
-    found = squares.addmm_(x, references.T, alpha=-2).clamp_min_(1e-30).log_().mul_(0.5)
+    found = squares.addmm_(x, references.T, alpha=-2).clamp_min_(LEAST_DISTANCE**2).log_().mul_(0.5)
     return found.sub_(log_scales).mul_(shapes)
 
 
 def covering(references: Tensor, shapes: Tensor, scales: Tensor, cover: float) -> Tensor:
     """Rows, rising, of references `(R, D)` of a class such that each of the others is included by one of these with
-    probability `cover` or more: greedily the one that includes most of those that none includes yet."""
+    probability `cover` or more: greedily the one that includes most of those that none includes yet, and of several
+    such the one with the largest scale."""
     x = references - references.mean(dim=0)
     shapes, log_scales = shapes.float(), scales.log().float()
     # −log Ψ ≤ −log cover; a reference includes itself, whatever rounding says.
@@ -113,9 +117,10 @@ def covering(references: Tensor, shapes: Tensor, scales: Tensor, cover: float) -
         """How many of `items` each reference includes."""
         return sum(includes(everything, part).sum(dim=0) for part in items.split(step))
 
+    reach = scales / (2 * scales.amax())  # below 1, the least by which gains differ
     open_, gains, kept = torch.ones_like(everything, dtype=torch.bool), newly(everything), []
     while open_.any():
-        best = gains.argmax()[None]
+        best = (gains + reach).argmax()[None]
         covered = everything[open_]
         covered = covered[torch.cat([includes(best, part)[:, 0] for part in covered.split(MAX_PAIRS)])]
         gains -= newly(covered)

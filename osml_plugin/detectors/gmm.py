@@ -31,7 +31,7 @@ class GMM(Detector, name="gmm"):
     Args:
         n_components: Gaussians a class (or altogether); a class that has fewer different items takes as many as those.
         covariance: 'full' or 'diag'.
-        shrinkage: λ in (0, 1].
+        shrinkage: λ from 1e-6 to 1.
         each_class: whether every class has its own.
     """
 
@@ -47,6 +47,8 @@ class GMM(Detector, name="gmm"):
         self.n_components = checked_count("n_components of detector 'gmm'", n_components)
         self.covariance = covariance
         self.shrinkage = checked_shrinkage(shrinkage)
+        if not isinstance(each_class, bool | np.bool_):
+            raise OsmlError(f"each_class of detector 'gmm' must be true or false; got {each_class!r}")
         self.each_class = bool(each_class)
 
     def _fit(self, embeddings: Tensor, labels: Tensor, class_weights: Tensor | None) -> None:
@@ -59,6 +61,7 @@ class GMM(Detector, name="gmm"):
             for r in belongs.T:
                 mean = r @ x[rows] / r.sum()
                 away = x[rows] - mean
+                away[away.abs() < 1e-12 * x[rows].abs().amax(dim=0)] = 0  # what rounding leaves of items that are alike
                 full = self.covariance == "full"
                 scatters.append((r[:, None] * away).T @ away if full else r @ away.square())
                 counts.append(r.sum())
@@ -86,7 +89,7 @@ class GMM(Detector, name="gmm"):
             warnings.simplefilter("ignore", ConvergenceWarning)  # it is a start; what follows needs no exact optimum
             found = mixture.fit(ordered).predict_proba(ordered)
         belongs = np.empty_like(found)
-        belongs[order] = found
+        belongs[order] = np.where(found > 1e-9, found, 0)  # what is hardly there would be all the spread of repetitions
         kept = belongs[:, belongs.sum(axis=0) > 1e-6]
         return torch.from_numpy(kept).to(x)
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..registry import checked_positive
+from ..errors import OsmlError
+from ..registry import checked_number
 from .base import Detector
 
 
@@ -64,14 +65,14 @@ class LogitDetector(ProxyDetector):
 
 
 class TemperedLogitDetector(LogitDetector):
-    """A score of logits divided by a temperature T > 0."""
+    """A score of logits divided by a temperature T, from 1e-6 to 1e6."""
 
     incremental = True
     search_space = {"temperature": (0.5, 1.0, 2.0, 5.0, 10.0)}
 
     def __init__(self, *, temperature: float = 1.0):
         super().__init__()
-        self.temperature = checked_positive("temperature", temperature)
+        self.temperature = checked_factor("temperature", temperature)
 
     def _tempered(self, logits: Tensor) -> Tensor:
         return logits if self.temperature == 1 else logits / self.temperature
@@ -113,6 +114,13 @@ class Entropy(TemperedLogitDetector, name="entropy"):
         # − log p_c = (logit_ŷ − logit_c) − log p_ŷ
         below = of_class(logits, nearest)[:, None] - logits
         return below.mul_(p).sum(dim=1) - of_class(p, nearest).log()
+
+
+def checked_factor(what: str, value: float) -> float:
+    """What logits are divided or multiplied by: from 1e-6 to 1e6, beyond which single precision overflows."""
+    if not 1e-6 <= checked_number(what, value) <= 1e6:
+        raise OsmlError(f"{what} must be from 1e-6 to 1e6; got {value!r}")
+    return float(value)
 
 
 def largest(logits: Tensor) -> Tensor:

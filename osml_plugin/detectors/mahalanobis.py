@@ -12,12 +12,14 @@ from ..registry import checked_number
 from .base import Detector, class_means
 from .moments import part_of, rounded_off
 
+LEAST_SHRINKAGE = 1e-6
+
 
 class Mahalanobis(Detector, name="mahalanobis"):
     """min_c (x − μ_c)ᵀ Σ⁻¹ (x − μ_c), one Σ shared by all classes (Lee et al. 2018, eq. 2).
 
     Σ is the within-class covariance, shrunk towards a multiple of the identity,
-    (1 − λ) Σ + λ tr(Σ)/D · I, because metric learning makes it nearly singular.
+    (1 − λ) Σ + λ tr(Σ)/D · I, because metric learning makes it nearly singular; λ is from 1e-6 to 1.
 
     Everything is computed along the principal axes of the spread within the classes: they are the same for every λ,
     and along them shrinking is one number an axis.
@@ -79,7 +81,8 @@ class Mahalanobis(Detector, name="mahalanobis"):
 class RelativeMahalanobis(Mahalanobis, name="relative_mahalanobis"):
     """Mahalanobis to the nearest class minus Mahalanobis to all the data as one class (Ren et al. 2021, eq. 4).
 
-    What is far from everything, known classes included, in directions that carry no class, cancels.
+    What is far from everything, known classes included, in directions that carry no class, cancels. One class alone is
+    all the data, and everything does: there is nothing left to tell.
     """
 
     far_point_exception = "the background distance grows like the class distance, so that far points can cancel"
@@ -119,6 +122,7 @@ def inverse_deviations(variances: Tensor, average: Tensor, shrinkage: float) -> 
 
 
 def checked_shrinkage(shrinkage: float) -> float:
-    if not 0 < checked_number("shrinkage", shrinkage) <= 1:
-        raise OsmlError(f"shrinkage must be above 0 and at most 1; got {shrinkage!r}")
+    # Less would not show in double precision where classes share it twice, as those of `ssd` and `gmm` do.
+    if not LEAST_SHRINKAGE <= checked_number("shrinkage", shrinkage) <= 1:
+        raise OsmlError(f"shrinkage must be from {LEAST_SHRINKAGE} to 1; got {shrinkage!r}")
     return float(shrinkage)

@@ -5,15 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import normalize, softplus
 
-from ..registry import checked_positive
-from .logits import LogitDetector
+from .logits import LogitDetector, checked_factor, of_class
 
 
 class MarginOneVsRest(LogitDetector, name="movr"):
     """− log p_ŷ − Σ_{k≠ŷ} log(1 − p_k), p_k = σ(T · cos(x, w_k)) (Park et al. 2023, eq. 2 and Sec. 5.3).
 
     The one-vs-rest loss at the predicted class ŷ, without the margin, which belongs to training. `scale` is T: 32 in
-    the paper. Lengths of embeddings and proxies do not count.
+    the paper, and from 1e-6 to 1e6. Lengths of embeddings and proxies do not count.
     """
 
     incremental = True
@@ -25,7 +24,7 @@ class MarginOneVsRest(LogitDetector, name="movr"):
 
     def __init__(self, *, scale: float = 32.0):
         super().__init__()
-        self.scale = checked_positive("scale of detector 'movr'", scale)
+        self.scale = checked_factor("scale of detector 'movr'", scale)
 
     def _fit(self, embeddings: Tensor, labels: Tensor, class_weights: Tensor | None) -> None:
         self.register_buffer("class_weights", normalize(class_weights, dim=2))
@@ -34,5 +33,6 @@ class MarginOneVsRest(LogitDetector, name="movr"):
         return super()._logits(normalize(embeddings))
 
     def _logit_score(self, logits: Tensor, nearest: Tensor) -> Tensor:
-        # softplus(z) = −log(1 − σ(z)); −log σ(z) = softplus(z) − z.
-        return softplus(self.scale * logits).sum(dim=1) - self.scale * logits.gather(1, nearest[:, None])[:, 0]
+        # −log(1 − σ(z)) = softplus(z), and −log σ(z) = softplus(−z): no difference in which what is small is lost.
+        against = (self.scale * logits).scatter_(1, nearest[:, None], -self.scale * of_class(logits, nearest)[:, None])
+        return softplus(against).sum(dim=1)

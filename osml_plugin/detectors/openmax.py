@@ -71,7 +71,7 @@ class OpenMax(LogitDetector, name="openmax"):
             sums = points.new_zeros(n_classes, points.shape[1]).index_add_(0, y, points) + sums
         self.register_buffer("means", sums / counts[:, None])
         distances = torch.cat([(points - self.means[y]).norm(dim=1) for points, y in of_chunks()])
-        self._fit_tails(*largest_of_classes(distances, labels, counts, self.tail))
+        self._fit_tails(*largest_of_classes(distances, labels, counts, min(self.tail, len(labels))))
 
     def _fit_tails(self, tails: Tensor, present: Tensor) -> None:
         """Register the distribution of each class's tail: distances `(C, n)`, and which of them count."""
