@@ -298,68 +298,6 @@ def embed(
 
 
 @app.command()
-def discover(
-    model: Model,
-    data: Annotated[Path, typer.Argument(metavar="DIR", help="Images, with or without class folders.")],
-    n_classes: Annotated[int | None, typer.Option(help="How many classes there are, where that is known.")] = None,
-    everything: Annotated[
-        bool, typer.Option("--all", help="Group all items, not only those that are rejected.")
-    ] = False,
-    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Seed of the grouping.")] = 0,
-    skip_bad: SkipBad = False,
-    trust_factory: Trust = None,
-    as_json: AsJson = False,
-) -> None:
-    """Group what the recogniser rejects into the new classes that it is.
-
-    Example: osml discover bundle inbox --json
-    """
-    from . import commands
-
-    result = commands.discover(
-        model,
-        data,
-        n_classes=n_classes,
-        everything=everything,
-        seed=seed,
-        skip_bad=skip_bad,
-        factories=trust_factory or (),
-    )
-    groups, items = result.groups, result.items
-    names = [str(p) for p in items.paths] if items.paths is not None else [str(i) for i in result.indices]
-    members = [[i for i, g in enumerate(groups.labels) if g == group] for group in range(groups.n_classes)]
-    summary = {
-        "n_items": len(items),
-        "n_recognised": result.n_recognised,
-        "n_classes": groups.n_classes,
-        "n_classes_interval": list(groups.n_classes_interval),
-        "groups": [
-            {
-                "group": group,
-                "size": len(of),
-                "confidence": float(groups.confidence[of].mean()),
-                "exemplars": [names[i] for i in groups.exemplars[group]],
-                "members": [names[i] for i in of],
-            }
-            for group, of in enumerate(members)
-        ],
-        "left_out": [names[i] for i, g in enumerate(groups.labels) if g < 0],
-        "metrics": result.metrics.to_dict() if result.metrics else None,
-    }
-    if as_json:
-        print_json(summary)
-        return
-    low, high = groups.n_classes_interval
-    print(f"{len(items)} items in {groups.n_classes} groups ({low} to {high} fit about as well); ", end="")
-    print(f"{result.n_recognised} recognised as known, {len(summary['left_out'])} left out")
-    for g in summary["groups"]:
-        shown = " ".join(g["exemplars"][:3])
-        print(f"group {g['group']:<4} {g['size']:>6} items  confidence {g['confidence']:.2f}  {shown}")
-    for name, value in (summary["metrics"] or {}).items():
-        print(f"{name:18} {figure(value)}")
-
-
-@app.command()
 def enroll(
     model: Model,
     paths: Annotated[list[Path], typer.Argument(metavar="PATH…", help="Images, folders, or an embeddings file.")],
@@ -441,11 +379,15 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal without τ shows its number
     logging.basicConfig(format="osml: %(message)s", level=logging.WARNING)
+    from .cli_discover import app as discover_app
     from .cli_jacobian import app as jacobian_app
 
-    for wing_app in [jacobian_app, *(wing.load() for wing in entry_points(group="osml_plugin.commands"))]:
-        app.registered_commands += wing_app.registered_commands
-        app.registered_groups += wing_app.registered_groups
+    for wing_app in [discover_app, jacobian_app, *(wing.load() for wing in entry_points(group="osml_plugin.commands"))]:
+        for ours, theirs in (
+            (app.registered_commands, wing_app.registered_commands),
+            (app.registered_groups, wing_app.registered_groups),
+        ):
+            ours += [command for command in theirs if command not in ours]  # once, however often this is called
     run(app)
 
 

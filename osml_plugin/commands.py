@@ -5,9 +5,11 @@ The one that makes the bundle, `train`, is in `pipeline.py`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,13 @@ from .bundle import bundle_lock, load_bundle, save_bundle
 from .checkpoints import Checkpoint, find_checkpoints
 from .data import Items, Split, open_items, readable_items, test_indices, write_embeddings
 from .discovery import Discovery
+from .discovery.methods import create
 from .embedding import default_device, embed_dataset
 from .errors import OsmlError
 from .evaluation import Evaluation, evaluate_embeddings
 from .jacobian_diagnostics import Diagnostics, Network, diagnose
 from .metrics import DiscoveryMetrics, discovery_metrics
+from .metrics.discovery import LEFT_OUT
 from .recognizer import OpenSetRecognizer, Recognition
 from .tracking import download_bundle, is_model_uri
 
@@ -88,16 +92,77 @@ def embed(
 
 @dataclass(frozen=True)
 class DiscoverResult:
-    """Proposed classes among items, and how well they match labels where the source has some."""
+    """Proposed classes among N items, and how well they match labels where the source has some."""
 
+    source: Path
+    """Where the items come from."""
     items: Items
     """Those that were grouped."""
     indices: np.ndarray
-    """Their places in the source."""
+    """`(N,)` their places in the source."""
+    embeddings: torch.Tensor
+    """`(N, D)`"""
+    nearest: tuple[str, ...]
+    """`(N,)` the known class that each is nearest to."""
+    references: torch.Tensor
+    """`(R, D)` the known items of the gallery."""
     groups: Discovery
+    method: str
+    """As it was asked for."""
     n_recognised: int
-    """Items left out because they were recognised as known."""
+    """Items of the source that were not grouped, because they were recognised as known."""
     metrics: DiscoveryMetrics | None
+
+    def members(self, group: int) -> np.ndarray:
+        """The places, among the N, of a group's items; of −1 those of the items left out."""
+        return np.flatnonzero(self.groups.labels == group)
+
+    def nearest_known(self, members: np.ndarray) -> list[tuple[str, int]]:
+        """The known classes that these are nearest to, and how many of them are, the most frequent first."""
+        return Counter(self.nearest[i] for i in members).most_common()
+
+    @cached_property
+    def short_names(self) -> list[str]:
+        """Each item's file, as seen from the source, or else its place in the source."""
+        if self.items.paths is None:
+            return [str(i) for i in self.indices]
+        return [str(p.relative_to(self.source) if p.is_relative_to(self.source) else p) for p in self.items.paths]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object that `osml discover --json` prints. An item is its file, or its place in the source."""
+        found = self.groups
+        names = [str(i) for i in (self.indices if self.items.paths is None else self.items.paths)]
+        groups = []
+        for group, exemplars in enumerate(found.exemplars):
+            members = self.members(group)
+            nearest, n_nearest = self.nearest_known(members)[0]
+            groups.append(
+                {
+                    "group": group,
+                    "size": len(members),
+                    "confidence": float(found.group_confidence[group]),
+                    "nearest_known": nearest,
+                    "nearest_known_share": n_nearest / len(members),
+                    "exemplars": [names[i] for i in exemplars],
+                    "members": [names[i] for i in members],
+                    "member_confidence": found.confidence[members].round(4).tolist(),
+                }
+            )
+        left_out = self.members(LEFT_OUT)
+        return {
+            "n_items": len(self.items),
+            "n_recognised": self.n_recognised,
+            "n_classes": found.n_classes,
+            "n_classes_interval": list(found.n_classes_interval),
+            "method": self.method,
+            "granularity": found.granularity,
+            "granularity_source": found.granularity_source,
+            "groups": groups,
+            "left_out": [names[i] for i in left_out],
+            "left_out_known_class": [None if c is None else str(c) for c in found.known_class[left_out]],
+            "note": found.note,
+            "metrics": self.metrics.to_dict() if self.metrics else None,
+        }
 
 
 def discover(
@@ -105,24 +170,41 @@ def discover(
     data: str | Path,
     *,
     n_classes: int | None = None,
+    method: str = "auto",
+    granularity: float | None = None,
     everything: bool = False,
     seed: int = 0,
     skip_bad: bool = False,
     factories: Sequence[str] = (),
     progress: bool = True,
 ) -> DiscoverResult:
-    """Group the items of `data` that the recognizer rejects (or, with `everything`, all of them) into new classes."""
+    """Group the items of `data` that the recognizer rejects (or, with `everything`, all of them) into new classes.
+
+    `n_classes`, `method`, `granularity` and `seed` are those of `osml_plugin.discovery.discover`.
+    """
+    if method != "auto":
+        create(method)  # a wrong name is to be told before the work
     recognizer = open_recognizer(model, factories)
     items, embeddings = _embedded(recognizer, open_items(data, labelled=False), skip_bad, progress)
-    keep = np.ones(len(items), dtype=bool)
-    if not everything:
-        keep = recognizer.recognize(embeddings, neighbours=0).labels == UNKNOWN
-        if not keep.any():
-            raise OsmlError(f"all {len(items)} items of '{data}' are recognised as known: nothing is left to group")
-    groups = recognizer.group(embeddings[keep], n_classes=n_classes, seed=seed)
-    chosen = items.select(keep)
-    metrics = discovery_metrics(chosen.labels, groups.labels) if chosen.labels is not None else None
-    return DiscoverResult(chosen, np.flatnonzero(keep), groups, int((~keep).sum()), metrics)
+    answer = recognizer.recognize(embeddings, neighbours=0)
+    kept = np.arange(len(items)) if everything else np.flatnonzero(answer.labels == UNKNOWN)
+    if not len(kept):
+        raise OsmlError(f"all {len(items)} items of '{data}' are recognised as known: nothing is left to group")
+    how = {"n_classes": n_classes, "method": method, "granularity": granularity, "seed": seed}
+    groups = recognizer.group(embeddings[kept], **how)
+    chosen = items.select(kept)
+    return DiscoverResult(
+        source=Path(data),
+        items=chosen,
+        indices=kept,
+        embeddings=embeddings[kept],
+        nearest=tuple(answer.nearest[i] for i in kept),
+        references=recognizer.gallery.embeddings,
+        groups=groups,
+        method=method,
+        n_recognised=len(items) - len(kept),
+        metrics=discovery_metrics(chosen.labels, groups.labels) if chosen.labels is not None else None,
+    )
 
 
 def enroll(

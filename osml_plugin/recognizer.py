@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from .detectors import Detector
 from .detectors.base import check_class_weights, check_embeddings
 from .discovery import Discovery, discover
 from .embedding import embed_dataset, loading_workers
+from .enrolment import EnrolledGroup, examples_of_groups, rehearsed_scores
 from .errors import OsmlError
 from .gallery import Gallery, Neighbor
 from .preprocessing import Preprocessing
@@ -159,7 +161,9 @@ class OpenSetRecognizer:
             self.class_weights, self.proxy_ids = None, sorted(ids.values())
             if class_weights is not None:
                 self.class_weights = check_class_weights(class_weights, len(ids), data.embeddings)
-            self._check_width(held.embeddings)
+            for aside in (held, self.validation):
+                if aside is not None:
+                    self._check_width(aside.embeddings)
             self.refit()
         return self
 
@@ -167,7 +171,8 @@ class OpenSetRecognizer:
         """Learn a class, or more of one, from images or embeddings `(M, D)`; no training.
 
         The threshold is fitted again. A conformal one gives the new class a τ of its own, by its examples: the classes
-        of the training keep their rate, and the new one as well as its examples show how far it reaches.
+        of the training keep their rate, and the new one as well as its examples show how far it reaches. A class of few
+        examples reaches as far as the pseudo-unknown classes do when they are enrolled from as few.
         """
         return self.learn({name: self.embed(examples)})
 
@@ -181,21 +186,52 @@ class OpenSetRecognizer:
                 raise OsmlError(f"no examples to enrol '{name}' from: give at least one image")
         before = self._fitted_gallery()
         after = before.add_all(examples)
-        new = slice(len(before), None)
-
-        def grown() -> Detector:
-            weights = self._weights_of(after) if self.detector.needs_class_weights else None
-            return copy(self.detector).partial_fit(after.embeddings[new], after.labels[new], weights)
-
-        self._change(after, grown)
+        self._change(after, lambda: self._grown_detector(before, after))
         return self
+
+    def enroll_groups(
+        self,
+        items: Sequence | ArrayLike,
+        discovery: Discovery,
+        names: Mapping[int, str] | None = None,
+        *,
+        min_confidence: float | None = None,
+    ) -> tuple[EnrolledGroup, ...]:
+        """Learn the groups of a discovery, all at once: `learn` for what `discover` found. All or nothing.
+
+        Args:
+            items: the `(N,)` images or embeddings `(N, D)` that were grouped.
+            discovery: what `discover` said of them.
+            names: the class of each group, by its number. The name of a class that is there adds to it, groups of one
+                name become one class, and a group that is not named here is not enrolled. None: all groups, named
+                'new-1', 'new-2', …, those names left out that are taken.
+            min_confidence: members of a lower confidence are skipped; None: none are.
+
+        Returns:
+            For each enrolled group, by number: its class, how many examples it gave, and which members it did not.
+
+        Raises:
+            OsmlError: for items that are not those of the discovery, a group that is none of its, a name that no class
+                may have, or a group without any member of that confidence.
+        """
+        examples, enrolled = examples_of_groups(self.embed(items), discovery, names, min_confidence, self.class_names)
+        if examples:
+            self.learn(examples)
+        return enrolled
 
     def forget(self, name: str) -> OpenSetRecognizer:
         """Drop a class and all its references; what belongs to it is unknown from now on, and a class that is enrolled
         under its name later is another one."""
         before = self._fitted_gallery()
         gone = before.labels == before.id_of(name)
-        self._change(before.remove(name), lambda: self.detector.without(before.embeddings[gone], before.labels[gone]))
+        after = before.remove(name)
+
+        def shrunk() -> Detector:
+            if not self._incremental:
+                return self._fitted_detector(after)
+            return self.detector.without(before.embeddings[gone], before.labels[gone])
+
+        self._change(after, shrunk)
         self.calibration, self.validation = (_nameless(h, name) for h in (self.calibration, self.validation))
         return self
 
@@ -226,7 +262,10 @@ class OpenSetRecognizer:
         elif len(self.calibration_scores):
             threshold.fit(self.calibration_scores, self.calibration_nearest)
             if isinstance(threshold, Conformal) and gallery.enrolled.any():
-                threshold.fit_enrolled(self.enrolled_scores, self.enrolled_nearest, self._enrolled_ids())
+                enrolled = self.enrolled_scores, self.enrolled_nearest, self._enrolled_ids()
+                threshold.fit_enrolled(*enrolled)
+                if threshold.lacking:
+                    threshold.fit_enrolled(*enrolled, self._rehearsed(threshold.lacking))
         elif len(self.enrolled_scores):  # all classes of the training are forgotten
             threshold.fit(self.enrolled_scores, self.enrolled_nearest)
         if threshold.tau is None:
@@ -317,33 +356,21 @@ class OpenSetRecognizer:
             neighbours=tuple(tuple(row) for row in gallery.neighbors(embeddings, neighbours)) if neighbours else (),
         )
 
-    def discover(self, items: Sequence | ArrayLike, *, n_classes: int | None = None, seed: int = 0) -> Discovery:
-        """Group unknown images or embeddings into proposed classes, as fine as the held-out classes are."""
-        return self.group(self.embed(items), n_classes=n_classes, seed=seed)
+    def discover(self, items: Sequence | ArrayLike, **how: Any) -> Discovery:
+        """Group unknown images or embeddings into proposed classes, as fine as the held-out classes are; `how` is what
+        `osml_plugin.discovery.discover` takes: n_classes, method, granularity, must_link, cannot_link, seed."""
+        return self.group(self.embed(items), **how)
 
-    def group(
-        self,
-        embeddings: Tensor,
-        *,
-        n_classes: int | None = None,
-        seed: int = 0,
-        progress: Callable[[float], None] | None = None,
-    ) -> Discovery:
-        """The same for embeddings that `embed` gave; `progress` is told how far it is, from 0 to 1."""
+    def group(self, embeddings: Tensor, **how: Any) -> Discovery:
+        """The same for embeddings that `embed` gave; `progress` may be a function that is told how far it is, from 0 to
+        1."""
         held = [h for h in (self.calibration, self.validation) if h is not None and len(h)]
-        known = torch.cat([h.embeddings for h in held]) if held else None
-        names = np.concatenate([np.array(h.names) for h in held]) if held else None
-        # Pseudo-unknown and forgotten classes say how fine a class is, but are to be found if they are there.
-        known_now = np.isin(names, self.class_names) if held else None
-        return discover(
-            embeddings,
-            known_embeddings=known,
-            known_labels=names,
-            in_gallery=known_now,
-            n_classes=n_classes,
-            seed=seed,
-            progress=progress,
-        )
+        if held:
+            names = np.concatenate([np.array(h.names) for h in held])
+            how["known_embeddings"], how["known_labels"] = torch.cat([h.embeddings for h in held]), names
+            # Pseudo-unknown and forgotten classes say how fine a class is, but are to be found if they are there.
+            how["in_gallery"] = np.isin(names, self.class_names)
+        return discover(embeddings, **how)
 
     # On disk ----------------------------------------------------------------------------------------------
 
@@ -390,10 +417,10 @@ class OpenSetRecognizer:
         return LabelledEmbeddings(embeddings, names)
 
     def _change(self, gallery: Gallery, changed: Callable[[], Detector]) -> None:
-        """Take another gallery, and the detector that was `changed` for it, where that can be done."""
+        """Take another gallery, and the detector that was `changed` for it."""
         with self._all_or_nothing():
             self.gallery = gallery
-            self.detector = changed() if self._incremental else self._fitted_detector(gallery)
+            self.detector = changed()
             self._refit_threshold()
 
     @contextmanager
@@ -415,6 +442,14 @@ class OpenSetRecognizer:
         detector = detectors.create(self.detector.name, **self.detector.params)
         weights = self._weights_of(gallery) if detector.needs_class_weights else None
         return detector.fit(gallery.index, gallery.labels, weights)
+
+    def _grown_detector(self, before: Gallery, after: Gallery) -> Detector:
+        """The detector for a gallery that has grown, from that for the one before."""
+        if not self._incremental:
+            return self._fitted_detector(after)
+        new = slice(len(before), None)
+        weights = self._weights_of(after) if self.detector.needs_class_weights else None
+        return copy(self.detector).partial_fit(after.embeddings[new], after.labels[new], weights)
 
     def _weights_of(self, gallery: Gallery) -> Tensor | None:
         """Proxies in the order of class ids. An enrolled class gets an imprinted one (Qi et al. 2018): its mean
@@ -454,6 +489,19 @@ class OpenSetRecognizer:
                 detector = self._fitted_detector(replace(gallery, labels=rest, index=gallery.index.without(out)))
             enrolled.append(detector.predict(gallery.embeddings[out]))
         self.enrolled_nearest, self.enrolled_scores = (torch.cat(t).numpy() for t in zip(*enrolled, strict=True))
+
+    def _rehearsed(self, classes: Iterable[int]) -> dict[int, np.ndarray]:
+        """For enrolled classes with few examples: the scores that further items of a new class get when it is enrolled
+        from as few. The pseudo-unknown classes play the new ones."""
+        gallery, held = self.gallery, self.validation
+        if held is None:
+            return {}
+        unknown = ~np.isin(held.names, gallery.class_names)
+        items, names = held.embeddings[torch.from_numpy(unknown)], np.array(held.names)[unknown]
+        sizes = {c: int((gallery.labels == c).sum()) for c in classes}
+        grown = partial(self._grown_detector, gallery)
+        found = {size: rehearsed_scores(items, names, size, gallery, grown) for size in set(sizes.values())}
+        return {c: found[size] for c, size in sizes.items()}
 
     def _p_values(self, scores: Tensor, nearest: Tensor) -> np.ndarray | None:
         """Conformal p-values, such that p ≤ α and rejected by a conformal threshold are the same thing."""

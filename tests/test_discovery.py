@@ -11,9 +11,12 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import adjusted_rand_score, jaccard_score
 
 from osml_plugin import OsmlError
-from osml_plugin.discovery import Discovery, discover
-from osml_plugin.discovery.granularity import as_good_as_the_best, bcubed, merge, split, stability
+from osml_plugin.discovery import Constraints, Discovery, discover
+from osml_plugin.discovery.discover import AT_HOME, new_groups
+from osml_plugin.discovery.granularity import bcubed, behind_the_best, merge, persistence, split, stability
 from osml_plugin.discovery.graph import N_NEIGHBORS, ONE_WAY, communities, neighbor_graph, own_share
+from osml_plugin.discovery.methods import create
+from osml_plugin.discovery.pool import Pool
 from osml_plugin.metrics import discovery_metrics
 
 
@@ -48,10 +51,15 @@ def check(found: Discovery, n: int) -> None:
     assert found.confidence.min() >= 0 and found.confidence.max() <= 1
     sizes = np.bincount(found.labels[found.labels >= 0], minlength=found.n_classes)
     assert len(sizes) == found.n_classes == len(found.exemplars)
-    assert sizes.min() >= 1 and (np.diff(sizes) <= 0).all()
+    assert (sizes >= 1).all() and (np.diff(sizes) <= 0).all()
     assert found.labels.min() >= -1
+    assert found.group_confidence.shape == (found.n_classes,)
+    assert (found.group_confidence >= 0).all() and (found.group_confidence <= 1).all()
+    assert found.known_class.shape == (n,)
+    assert all(name is None for name in found.known_class[found.labels >= 0])
+    assert (found.note == "") == (found.n_classes > 0)
     low, high = found.n_classes_interval
-    assert 1 <= low <= found.n_classes <= high <= n
+    assert 0 <= low <= found.n_classes <= high <= n
     for group, exemplars in enumerate(found.exemplars):
         assert 1 <= len(exemplars) <= 9 and len(set(exemplars)) == len(exemplars)
         assert (found.labels[exemplars] == group).all()
@@ -110,6 +118,72 @@ def test_wrongly_rejected_known_items_are_left_out():
     found = discover(items[unknown], known_embeddings=items[~unknown], known_labels=true[~unknown])
     assert found.n_classes == 3
     np.testing.assert_array_equal(found.labels == -1, rejected[unknown])
+    assert found.known_class[rejected[unknown]].tolist() == [0, 0, 1, 1, 1]
+
+
+def test_a_pool_that_is_all_known_proposes_nothing_and_says_so():
+    items, true = blobs(5, 120, spread=0.8)
+    names = np.array(["ant", "bee", "cat", "dog", "eel"])[true]
+    few = np.arange(600) % 10 == 0  # a tenth of each class, wrongly rejected
+    half = np.arange(600) % 2 == 0
+    for pool in (few, half, ~few):
+        found = discover(items[pool], items[~pool], names[~pool])
+        check(found, pool.sum())
+        assert found.n_classes == 0 and found.exemplars == ()
+        assert found.note == "all items lie among known classes"
+        assert (found.labels == -1).all()
+        assert (found.known_class == names[pool]).mean() > 0.95
+
+
+def test_a_class_that_is_not_in_the_gallery_is_found_where_it_is_frequent():
+    items, true = blobs(6, 100)
+    known = (true < 4) & (np.arange(600) % 2 == 0)
+    in_gallery = true[known] < 3
+    unknown = (true == 3) & ~known | (true >= 4)
+    found = discover(items[unknown], items[known], true[known], in_gallery=in_gallery)
+    assert found.n_classes == 3
+    unknown = np.flatnonzero((true == 3) & ~known)[:1]
+    unknown = np.append(unknown, np.flatnonzero(true >= 4))
+    found = discover(items[unknown], items[known], true[known], in_gallery=in_gallery)
+    assert found.n_classes == 2
+    assert found.labels[0] == -1 and found.known_class[0] == 3
+
+
+def test_group_confidence_is_lower_for_a_group_that_falls_apart():
+    items, _, _ = families(4, 4, 40)
+    single, _ = blobs(1, 160, spread=0.3, seed=5)
+    tight = np.zeros((160, 33))
+    tight[:, 32] = 1
+    tight[:, :16] += 0.2 * single
+    found = discover(unit(np.concatenate([np.c_[items, np.zeros(len(items))], tight])), granularity=0.2)
+    of_tight = found.labels[-1]
+    assert (found.labels[-160:] == of_tight).all()
+    others = np.delete(found.group_confidence, of_tight)
+    assert found.group_confidence[of_tight] > 0.99
+    assert others.min() < 0.9
+
+
+def test_granularity_by_hand_is_the_nearest_rung():
+    items, family, _ = families(8, 4, 40)
+    resolutions = [rung for rung, _ in create("communities").ladder(Pool.of(items.astype(np.float32), *nobody(32)), 0)]
+    for wanted in (-1.0, resolutions[0], 0.3, 2.0, 1e9):
+        found = discover(items, granularity=wanted)
+        check(found, len(items))
+        assert found.granularity == min(resolutions, key=lambda r: abs(r - wanted))
+        assert found.granularity_source == "given granularity"
+        assert found.n_classes_interval == (found.n_classes, found.n_classes)
+    known = family < 4
+    options = {"known_embeddings": items[known], "known_labels": family[known]}
+    chosen = discover(items[~known], **options)
+    again = discover(items[~known], **options, granularity=chosen.granularity)
+    np.testing.assert_array_equal(again.labels, chosen.labels)
+    finer = discover(items[~known], **options, granularity=20 * chosen.granularity)
+    assert finer.n_classes > chosen.n_classes
+
+
+def nobody(width: int) -> tuple[np.ndarray, np.ndarray]:
+    """No known items, and none of their classes."""
+    return np.empty((0, width), dtype=np.float32), np.empty(0, dtype=np.int64)
 
 
 def test_labels_of_known_classes_may_be_names():
@@ -228,6 +302,22 @@ def test_identical_items_are_one_class_unless_more_are_asked_for():
     assert found.n_classes == 7
 
 
+def test_many_identical_items_are_quick():
+    found = discover(np.ones((100_000, 16)))
+    assert found.n_classes == 1 and found.exemplars[0].tolist() == [0]
+
+
+def test_noise_is_not_cut_up():
+    noise = unit(np.random.default_rng(0).normal(size=(600, 32)))
+    found = discover(noise)
+    check(found, 600)
+    assert found.n_classes == 1
+    clear = discover(blobs(5, 120)[0])
+    assert found.confidence.mean() <= clear.confidence.mean()
+    items, true = blobs(5, 60)
+    check(discover(noise, np.c_[items, np.zeros((300, 16))], true), 600)
+
+
 def test_copies_of_an_item_are_no_class_of_their_own():
     items, _ = blobs(3, 60)
     copies = np.concatenate([items, np.repeat(items[:1], 40, axis=0)])
@@ -261,6 +351,13 @@ GOOD = np.eye(4)
         (np.zeros((3, 4)), {}, "zeros"),
         (GOOD, {"n_classes": 0}, "from 1 to the 4 items"),
         (GOOD, {"n_classes": 5}, "from 1 to the 4 items"),
+        (GOOD, {"granularity": np.nan}, "granularity must be a finite number"),
+        (GOOD, {"granularity": "fine"}, "granularity must be a finite number"),
+        (GOOD, {"granularity": 1.0, "n_classes": 2}, "give one of them"),
+        (GOOD, {"method": "comunities"}, "did you mean 'communities'"),
+        (GOOD, {"in_gallery": [True]}, "in_gallery is about known_embeddings"),
+        (GOOD, {"known_embeddings": GOOD, "known_labels": [0, 1, 2, 3], "in_gallery": [True]}, "4 bools"),
+        (GOOD, {"known_embeddings": GOOD, "known_labels": [0, 1, 2, 3], "in_gallery": [0, 1, 1, 0]}, "4 bools"),
         (GOOD, {"known_embeddings": GOOD}, "both or neither"),
         (GOOD, {"known_labels": [0, 1]}, "both or neither"),
         (GOOD, {"known_embeddings": np.ones((2, 3)), "known_labels": [0, 1]}, "one model"),
@@ -319,11 +416,76 @@ def test_bcubed_against_a_slow_twin(pairs):
     np.testing.assert_allclose(bcubed(classes, groups), expected)
 
 
-def test_as_good_as_the_best():
-    noise = np.random.default_rng(0).normal(size=400)
-    best = np.full(400, 0.8)
-    scores = np.stack([best, best - 0.01 + 0.1 * (noise - noise.mean()) / noise.std(), best - 0.01])
-    np.testing.assert_array_equal(as_good_as_the_best(scores), [True, True, False])
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 1000), st.integers(1, 5), st.integers(1, 6))
+def test_behind_the_best_against_a_slow_twin(seed, n_rungs, n_classes):
+    rng = np.random.default_rng(seed)
+    classes = rng.integers(0, n_classes, 40)
+    scores = rng.random((n_rungs, 40)).round(2)
+    mean, error = behind_the_best(scores, classes)
+    best = max(scores, key=lambda row: row.mean())
+    present = sorted(set(classes))
+    for row, m, e in zip(scores, mean, error, strict=True):
+        np.testing.assert_allclose(m, best.mean() - row.mean())
+        sums = [sum(best[i] - row[i] - m for i in range(40) if classes[i] == c) for c in present]
+        correction = len(present) / (len(present) - 1) if len(present) > 1 else 2
+        np.testing.assert_allclose(e, np.sqrt(correction * sum(x * x for x in sums)) / 40, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.tuples(*[st.integers(-1, 3)] * 3), min_size=1, max_size=40))
+def test_persistence_against_a_slow_twin(rows):
+    groups, *others = np.array(rows).T
+    groups = np.unique(np.append(groups, -1), return_inverse=True)[1][:-1] - 1  # without gaps
+    expected = []
+    for g in range(groups.max() + 1):
+        best = [
+            max(
+                (jaccard_score(groups == g, other == h) for h in set(other) - {-1}),
+                default=0,
+            )
+            for other in others
+        ]
+        expected.append(np.mean(best))
+    np.testing.assert_allclose(persistence(groups, others), expected)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(st.tuples(st.integers(-1, 4), st.sampled_from(["unknown", "gallery", "aside"])), min_size=1, max_size=60)
+)
+def test_new_groups_against_a_slow_twin(rows):
+    rows = [*rows, (0, "unknown")]
+    groups = np.array([g for g, _ in rows])
+    used = sorted(set(groups) - {-1})
+    groups = np.array([used.index(g) if g >= 0 else -1 for g in groups])
+    kind = np.array([k for _, k in rows])
+    unknown, known = np.flatnonzero(kind == "unknown"), np.flatnonzero(kind != "unknown")
+    pool = Pool(
+        np.eye(len(rows), dtype=np.float32),
+        unknown,
+        known,
+        np.zeros(len(known), dtype=np.int64),
+        Constraints.of(None, None, 0),
+    )
+    new = []
+    for g in range(len(used)):
+        u, k, c = (np.sum(groups[at] == g) for at in (unknown, known, np.flatnonzero(kind == "gallery")))
+        n_u, n_k = np.sum(groups[unknown] >= 0), np.sum(groups[known] >= 0)
+        rare = n_k > 0 and k / n_k > AT_HOME * u / n_u if n_u else True
+        if u > 0 and c < AT_HOME * u and not rare:
+            new.append(g)
+    n_u = np.sum(groups[unknown] >= 0)
+    n_c = np.sum(groups[kind == "gallery"] >= 0)
+    if n_u and n_c:
+        both = [
+            min(np.sum(groups[unknown] == g) / n_u, np.sum(groups[kind == "gallery"] == g) / n_c)
+            for g in range(len(used))
+        ]
+        if sum(both) > 0.75:
+            new = []
+    expected = [new.index(g) if g in new else -1 for g in groups[unknown]]
+    np.testing.assert_array_equal(new_groups(groups, pool, kind[known] == "gallery"), expected)
 
 
 def test_stability():

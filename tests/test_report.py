@@ -384,6 +384,10 @@ def test_groups_against_classes_counts_pairs(plain):
         n_classes_interval=(2, 4),
         granularity=1.0,
         granularity_source="default",
+        group_confidence=np.ones(3),
+        known_class=np.full(len(found), None),
+        note="",
+        pool=None,
     )
     axes = pictures.groups(replace(plain, groups=groups)).axes[0]
     columns = [t.get_text() for t in axes.get_xticklabels()]

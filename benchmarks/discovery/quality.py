@@ -1,123 +1,162 @@
-"""How well unknown classes are found and counted, against k-means that is told their number.
+"""How well unknown classes are found and counted: every method of `discover`, and its peers, over many draws.
 
-python benchmarks/discovery.py [--fashion-mnist DIR] [--draws 5]
+python benchmarks/discovery/quality.py [--sets digits facts] [--draws 5-9] [--methods communities kmeans] [--json FILE]
 
-Each draw takes other classes as known (half of them), pseudo-unknown (one or two) and unknown, and trains a small
-network with ArcFace on 55 % of the known items. The rest of them and the pseudo-unknown classes are the references;
-one in ten of the former is handed in among the unknown ones, as wrongly rejected. Figures are over the items
-of unknown classes: `found` counts the proposed classes that have one, `interval` all proposed classes.
+A method by its name alone has the references; 'alone' has none; 'told' has none, but the number of unknown classes.
+Peers are k-means (scikit-learn), told the number, and EVoC and fast-hdbscan as they come, where they are installed.
+
+Figures are means over the draws (data.py), over all items handed in: items of unknown classes (New) and wrongly
+rejected known ones (Old). Accuracy pairs groups with classes once, over all of them (GCD's "v2"); an item that is left
+out because it lies among known ones counts as of the class of its nearest reference in the gallery, noise as wrong.
+`found` is the number of proposed classes, `true` that of the unknown ones, `error` the mean of |found − true| / true.
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
+import json
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 
+import faiss
 import numpy as np
-import torch
-from pytorch_metric_learning.losses import ArcFaceLoss
+from data import SETS, Draw, draw
 from sklearn.cluster import KMeans
-from sklearn.datasets import load_digits
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from osml_plugin.discovery import discover
+from osml_plugin.discovery.methods import names
+from osml_plugin.errors import OsmlError
 from osml_plugin.metrics import discovery_metrics
 
-WIDTH = 48
+FACTS_DRAWS = range(2)
+Grouping = Callable[[Draw], np.ndarray]
+"""From a draw to the found class `(N,)` of each item, −1: left out."""
 
 
-def read_idx(path: Path) -> np.ndarray:
-    with gzip.open(path) as file:
-        data = file.read()
-    shape = np.frombuffer(data, ">i4", count=data[3], offset=4)
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
+def ways(methods: list[str]) -> dict[str, Grouping]:
+    """What is compared, by the name of its row."""
+    found: dict[str, Grouping] = {}
+    for method in methods:
+        if method in PEERS:
+            module, peer = PEERS[method]
+            if find_spec(module):
+                found[method] = peer
+            else:
+                tqdm.write(f"{method} is not installed")
+            continue
+        found[method] = lambda d, method=method: (
+            discover(
+                d.items,
+                known_embeddings=d.references,
+                known_labels=d.reference_classes,
+                in_gallery=d.in_gallery,
+                method=method,
+            ).labels
+        )
+        found[f"{method}, alone"] = lambda d, method=method: discover(d.items, method=method).labels
+        found[f"{method}, told"] = lambda d, method=method: (
+            discover(d.items, n_classes=d.n_unknown, method=method).labels
+        )
+    return found
 
 
-def digits() -> tuple[Tensor, np.ndarray, int]:
-    """Images `(N, 1, S, S)`, labels, epochs."""
-    images, labels = load_digits(return_X_y=True)
-    return torch.tensor(images.reshape(-1, 1, 8, 8) / 16, dtype=torch.float32), labels, 25
+def kmeans(d: Draw) -> np.ndarray:
+    return KMeans(d.n_unknown, n_init=3, random_state=0).fit_predict(d.items)
 
 
-def fashion_mnist(folder: Path) -> tuple[Tensor, np.ndarray, int]:
-    images, labels = (read_idx(folder / f"train-{name}-ubyte.gz") for name in ("images-idx3", "labels-idx1"))
-    some = np.random.default_rng(0).permutation(len(labels))[:12_000]
-    return torch.tensor(images[some, None] / 255, dtype=torch.float32), labels[some].astype(np.int64), 4
+def evoc(d: Draw) -> np.ndarray:
+    from evoc import EVoC
+
+    return EVoC(random_state=0).fit_predict(d.items)
 
 
-def embed(images: Tensor, train: np.ndarray, labels: np.ndarray, epochs: int) -> Tensor:
-    """Embeddings of all images by a network trained on those of `train`."""
-    side = images.shape[-1] // 4
-    layers = [
-        layer
-        for i, o in ((1, 24), (24, 48))
-        for layer in (nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2))
-    ]
-    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(48 * side * side, WIDTH))
-    classes, targets = np.unique(labels[train], return_inverse=True)
-    loss = ArcFaceLoss(len(classes), WIDTH, scale=32)
-    optimizer = torch.optim.AdamW(
-        [{"params": model.parameters(), "lr": 1e-3}, {"params": loss.parameters(), "lr": 1e-2}]
-    )
-    data = torch.utils.data.TensorDataset(images[train], torch.from_numpy(targets))
-    for _ in range(epochs):
-        for batch, target in torch.utils.data.DataLoader(data, 128, shuffle=True, drop_last=True):
-            optimizer.zero_grad()
-            loss(model(batch), target).backward()
-            optimizer.step()
-    model.eval()
-    with torch.no_grad():
-        return torch.cat([nn.functional.normalize(model(batch)) for batch in images.split(2000)])
+def fast_hdbscan(d: Draw) -> np.ndarray:
+    from fast_hdbscan import HDBSCAN
+
+    return HDBSCAN().fit_predict(d.items)
+
+
+PEERS = {
+    "k-means, told": ("sklearn", kmeans),
+    "EVoC": ("evoc", evoc),
+    "fast-hdbscan": ("fast_hdbscan", fast_hdbscan),
+}
+
+
+def figures(d: Draw, found: np.ndarray, has_references: bool) -> dict[str, float]:
+    n_found = int(found.max()) + 1
+    if has_references:
+        gallery, gallery_classes = d.references[d.in_gallery], d.reference_classes[d.in_gallery]
+        left_out = found == -1
+        if left_out.any():
+            nearest = faiss.knn(d.items[left_out], gallery, 1, metric=faiss.METRIC_INNER_PRODUCT)[1][:, 0]
+            found = found.copy()
+            found[left_out] = n_found + gallery_classes[nearest]
+    metrics = discovery_metrics(d.classes, found, d.is_old)
+    return {
+        "All": metrics.accuracy,
+        "Old": metrics.accuracy_old,
+        "New": metrics.accuracy_new,
+        "NMI": metrics.nmi,
+        "B3 F": metrics.bcubed_f1,
+        "found": n_found,
+        "true": d.n_unknown,
+        "error": abs(n_found - d.n_unknown) / d.n_unknown,
+    }
+
+
+def table(rows: list[dict]) -> str:
+    """Means over the draws, one line a way."""
+    columns = {
+        "All": ".3f", "Old": ".3f", "New": ".3f", "NMI": ".3f", "B3 F": ".3f", "found": ".1f", "true": ".1f",
+        "error": ".2f", "seconds": ".2f",
+    }  # fmt: skip
+    lines = [f"{'':<30}" + "".join(f"{column:>8}" for column in columns)]
+    for way in dict.fromkeys(row["way"] for row in rows):
+        of_way = [row for row in rows if row["way"] == way]
+        refused = [row["refused"] for row in of_way if "refused" in row]
+        if refused:
+            lines.append(f"{way:<30}  {refused[0]}")
+        else:
+            means = ((np.mean([row[column] for row in of_way]), form) for column, form in columns.items())
+            lines.append(f"{way:<30}" + "".join(f"{mean:>8{form}}" for mean, form in means))
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--fashion-mnist", type=Path, metavar="DIR", help="folder with its train-*-ubyte.gz files")
-    parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument("--sets", nargs="+", default=[*SETS, "facts"], choices=[*SETS, "facts"])
+    parser.add_argument("--draws", default="0-4", help="first and last draw (facts has 0 and 1, whatever this says)")
+    parser.add_argument("--methods", nargs="+", default=[*names(), *PEERS], choices=[*names(), *PEERS])
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="where draws are kept, which take minutes to make")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures of each draw")
     arguments = parser.parse_args()
-    sources = {"digits": digits()}
-    if arguments.fashion_mnist:
-        sources["Fashion-MNIST"] = fashion_mnist(arguments.fashion_mnist)
-
-    row = "{:<14} {:>4} {:<24} {:>6} {:>6} {:>6} {:>6} {:>10} {:>7}".format
-    print(row("data", "draw", "method", "ACC", "NMI", "true", "found", "interval", "s"))
-    for name, (images, labels, epochs) in sources.items():
-        for draw in tqdm(range(arguments.draws), desc=name):
-            rng = np.random.default_rng(draw)
-            torch.manual_seed(draw)
-            order = rng.permutation(10)
-            n_pseudo = 1 + draw % 2
-            known = np.flatnonzero(np.isin(labels, order[:5]))
-            rng.shuffle(known)
-            train, held_out = np.split(known, [int(0.55 * len(known))])
-            unknown = np.flatnonzero(np.isin(labels, order[5 + n_pseudo :]))
-            embeddings = embed(images, train, labels, epochs).numpy()
-
-            rejected, held_out = np.split(held_out, [len(held_out) // 10])
-            reference = np.concatenate([held_out, np.flatnonzero(np.isin(labels, order[5 : 5 + n_pseudo]))])
-            items = embeddings[np.concatenate([unknown, rejected])]
-            known_items = {"known_embeddings": embeddings[reference], "known_labels": labels[reference]}
-            n_true = 5 - n_pseudo
-            methods = {
-                "discover": known_items,
-                "discover, no references": {},
-                "discover, told": {"n_classes": n_true},
-                "k-means, told": None,
-            }
-            for method, options in methods.items():
+    first, last = (int(end) for end in arguments.draws.split("-"))
+    compared = ways(arguments.methods)
+    rows = []
+    for name in arguments.sets:
+        numbers = FACTS_DRAWS if name == "facts" else range(first, last + 1)
+        bar = tqdm(total=len(numbers) * len(compared), desc=name)
+        for number in numbers:
+            d = draw(name, number, arguments.cache)
+            for way, group in compared.items():
+                row = {"set": name, "draw": number, "way": way, "items": len(d.items)}
                 start = perf_counter()
-                if options is None:
-                    groups, interval = KMeans(n_true, n_init=3, random_state=0).fit_predict(items), ""
-                else:
-                    discovery = discover(items, **options)
-                    groups, interval = discovery.labels, "{}–{}".format(*discovery.n_classes_interval)
-                seconds = perf_counter() - start
-                m = discovery_metrics(labels[unknown], groups[: len(unknown)])
-                values = (f"{m.accuracy:.3f}", f"{m.nmi:.3f}", n_true, m.n_classes_found, interval, f"{seconds:.1f}")
-                tqdm.write(row(name, draw, method, *values))
+                try:
+                    found = group(d)
+                    seconds = perf_counter() - start
+                    row |= figures(d, found, has_references=way in names()) | {"seconds": seconds}
+                except OsmlError as error:
+                    row["refused"] = str(error)
+                rows.append(row)
+                bar.update()
+        bar.close()
+        print(f"\n{name}, draws {numbers[0]}–{numbers[-1]}\n" + table([row for row in rows if row["set"] == name]))
+        if arguments.json:
+            arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

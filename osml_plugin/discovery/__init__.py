@@ -2,6 +2,21 @@
 
 from __future__ import annotations
 
+from . import methods
+from .constraints import Constraints, confirmed
 from .discover import Discovery, discover
+from .identity import Identities, Update, identify, join
+from .tree import Tree
 
-__all__ = ["Discovery", "discover"]
+__all__ = [
+    "Constraints",
+    "Discovery",
+    "Identities",
+    "Tree",
+    "Update",
+    "confirmed",
+    "discover",
+    "identify",
+    "join",
+    "methods",
+]

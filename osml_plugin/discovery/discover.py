@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from tqdm import tqdm
+from scipy.sparse import csr_matrix
 
 from ..errors import OsmlError
 from ..metrics.checks import check_vector
-from .granularity import as_good_as_the_best, bcubed, merge, split, stability
+from ..registry import checked_number
+from .constraints import Constraints, enforce
+from .granularity import alone, by_hand, by_known_classes, by_number, persistence, split
 from .graph import own_share
 from .methods import create
 from .pool import Pool
+from .tree import Tree
 
-STABLE = 0.9
-"""Without known classes: the finest grouping that is this stable (adjusted Rand index, see `stability`)."""
-AT_HOME = 4
-"""A group is one of known items if it is this many times as frequent among them as among the unknown ones."""
+AT_HOME = 3
+"""A group lies among known items if it has this many times as many of the gallery as unknown ones, or if it is this
+many times as frequent among all known items as among the unknown ones."""
+ALIKE = 0.75
+"""Unknown items are all known if they are spread over the groups as those of the gallery are, up to the rest."""
+FAINT = 1e-9
+"""What an item of its group counts for against a link of its own, when an item's known class is told."""
 N_EXEMPLARS = 9
 LEFT_OUT = -1
+ALL_KNOWN = "all items lie among known classes"
+ALL_NOISE = "the method takes all items for noise"
 
 
 @dataclass(frozen=True)
@@ -30,45 +39,71 @@ class Discovery:
     """Proposed classes of N unknown items."""
 
     labels: np.ndarray
-    """`(N,)` int64: 0 … n_classes−1, the largest class first; -1: left out, since it lies among known items."""
+    """`(N,)` int64: 0 … n_classes−1, the largest class first; -1: left out, since it lies among known items, or since
+    the method took it for noise."""
     n_classes: int
+    """0: nothing is proposed; `note` says why."""
     confidence: np.ndarray
     """`(N,)` float64 in [0, 1]: the share of the item's links to its nearest neighbours, weighted by how many
     neighbours both share, that stay in its group; for an item left out, in the group of known items where it lies."""
     exemplars: tuple[np.ndarray, ...]
     """For each class the indices of up to 9 different items, those nearest to the mean of its different items first."""
     n_classes_interval: tuple[int, int]
-    """The fewest and the most classes among the groupings that fit the evidence about as well as the chosen one."""
+    """The fewest and the most classes among the groupings that fit the known classes up to two standard errors of the
+    best, and the chosen one; without known classes among all stable ones."""
     granularity: float
-    """The resolution (of modularity, on the graph of these items) of the grouping: higher means finer."""
+    """Of the grouping, in the method's terms, higher being finer: of communities the resolution of modularity, on the
+    graph of these items."""
     granularity_source: str
-    """'known classes', 'given n_classes', or 'default' (the finest stable grouping)."""
+    """'known classes', 'given n_classes', 'given granularity', or 'default' (the finest stable grouping)."""
+    group_confidence: np.ndarray
+    """`(n_classes,)` float64 in [0, 1]: how much of the class stays together in the next coarser and the next finer
+    grouping (mean best Jaccard index); with `n_classes`, in the grouping from another seed."""
+    known_class: np.ndarray
+    """`(N,)` objects: the known class, as given in `known_labels`, where an item left out lies; None for all others."""
+    note: str
+    """Why nothing is proposed, or empty."""
+    pool: Pool = field(repr=False)
+    """What was grouped, and its graph."""
+
+    @cached_property
+    def tree(self) -> Tree:
+        """The classes from coarse to fine, to split and to merge them; made when it is first asked for (about 10 s for
+        100,000 items)."""
+        return Tree.of(self.pool.graph, self.pool.nodes, self.pool.of_item, self.labels)
 
 
 def discover(
     embeddings: ArrayLike | torch.Tensor,
-    *,
     known_embeddings: ArrayLike | torch.Tensor | None = None,
     known_labels: ArrayLike | torch.Tensor | None = None,
+    *,
     in_gallery: ArrayLike | None = None,
     n_classes: int | None = None,
     method: str = "auto",
+    granularity: float | None = None,
+    must_link: ArrayLike | None = None,
+    cannot_link: ArrayLike | None = None,
     seed: int = 0,
     progress: Callable[[float], None] | None = None,
 ) -> Discovery:
     """Group unknown items into the classes that they are, and count the classes.
 
-    A graph links every item, known ones included, to its 15 nearest by cosine; its communities (Louvain) are
-    groups, and a resolution says how fine. Of 24 resolutions those are kept that group the known items best by
-    class (B-cubed F, up to the error of its estimate), and of these the one whose grouping of the unknown items is
-    the most stable is taken (the finest of equals). A group is left out, as one of wrongly rejected known items, if
-    its share of all known items is more than four times its share of all unknown ones.
+    Embeddings are whitened by how the known classes vary (`representation.py`). A graph links every item, known ones
+    included, to its 15 nearest; its communities (Louvain) are groups, and a resolution says how fine. Of 24 resolutions
+    the middle one is taken of those that group the known items about as well by class as the best one does (B-cubed F,
+    weighted by the standard error of the difference).
 
-    With `n_classes` the known items play no part: the coarsest resolution with at least so many groups is taken,
-    and the groups that are linked most are merged; nothing is left out.
+    A group is left out, as one of wrongly rejected known items, if it has three times as many items of the gallery as
+    unknown ones, or a share of all known items three times that of all unknown ones. If the unknown items are spread
+    over the groups as the gallery's are (three quarters in common), or if no group has more than a third as many of
+    them as it has of the gallery's, nothing is proposed.
 
-    Time: 24 times linear, and the search for neighbours, exact and quadratic up to 100,000 items, approximate above.
-    Memory is linear. More items of a class make it fall apart at a lower resolution, so known classes of about the
+    With `n_classes` the known items play no part beyond the whitening: the coarsest resolution with at least so many
+    groups is taken, and the groups that are linked most are merged; nothing is left out.
+
+    Time and memory are about linear: neighbours are searched exactly up to 10,000 items, and above among some 10,000
+    candidates each. More items of a class make it fall apart at a lower resolution, so known classes of about the
     size of the unknown ones tell the most; with far fewer items a class they make the grouping too fine. A class in
     several parts, of more than 15 items each and far from one another, is found as several.
 
@@ -78,88 +113,105 @@ def discover(
             tighter than new ones. Pseudo-unknown classes tell the most. None: the finest grouping is taken that
             agrees with the next coarser and finer ones (mean adjusted Rand index at least 0.9).
         known_labels: `(M,)` their classes, integers or strings.
-        in_gallery: `(M,)` bool: those whose class can be recognised already, None = all. Groups of these are left out;
-            the others (of pseudo-unknown classes, say) set the granularity only, and may be found as new classes.
+        in_gallery: `(M,)` bool: those whose class can be recognised already, None = all. The others (of pseudo-unknown
+            classes, say) may be found as new classes, where they are as frequent among the unknown items.
         n_classes: The number of classes, where it is known: then there are exactly so many.
-        method: `methods.names()`, or auto.
-        seed: Of the community search; the same seed gives the same groups, in whatever order the items come (the
-            approximate search above 100,000 items excepted).
+        method: `methods.names()`, or auto (communities).
+        granularity: How fine, in the method's terms, where it is to be another than the known classes say: the nearest
+            that the method has is taken. They still say what lies among them.
+        must_link: `(P, 2)` pairs of indices of items that are of one class, as somebody said. They come out together.
+        cannot_link: `(Q, 2)` those of different classes. They never come out together.
+        seed: Of the method; the same seed gives the same groups, in whatever order the items come (the
+            search above 10,000 items is approximate).
         progress: Told how far it is, from 0 to 1; what it raises ends the work.
 
     Raises:
         OsmlError: Empty or non-finite embeddings, a wrong shape, known embeddings without labels or of another
-            width, or `n_classes` outside 1 … N.
+            width, `n_classes` outside 1 … N, a granularity that is no number, both of these, links
+            that contradict each other, or links together with `n_classes`.
     """
     items = _unit_rows(embeddings, "embeddings")
-    known, classes = _known(known_embeddings, known_labels, items.shape[1])
-    n = len(items)
-    if n_classes is not None and not 1 <= n_classes <= n:
-        raise OsmlError(f"n_classes is {n_classes}, but must be from 1 to the {n} items: give another, or none")
-
+    known, names, classes, in_gallery = _known(known_embeddings, known_labels, in_gallery, items.shape[1])
+    links = Constraints.of(must_link, cannot_link, len(items))
+    _check_wishes(n_classes, granularity, links, len(items))
+    pool = Pool.of(items, known, classes, links)
     if n_classes is not None:
-        known, classes = known[:0], classes[:0]  # nothing is left for them to decide
-
-    pool = Pool.of(items, known, classes)
-    of_item, of_known = pool.of_item, pool.of_known
-    of_gallery = of_known if in_gallery is None or not len(known) else of_known[np.asarray(in_gallery, dtype=bool)]
-
-    ladder, granularities, counts, scores = [], [], [], []
+        pool, in_gallery = pool.without_known(), in_gallery[:0]  # nothing is left for them to decide
+    items = pool.nodes[pool.of_item]
     way = create("communities" if method == "auto" else method)
-    rungs = tqdm(way.ladder(pool, seed), total=way.n_rungs, desc="discovery", delay=2, leave=False)
-    for rung, (granularity, groups) in enumerate(rungs):
-        if progress is not None:
-            progress(rung / way.n_rungs)
-        if n_classes is None and ladder and groups.max() + 1 > len(pool.nodes) / 2:
-            break  # a class of one item is none; that each is alone would be very stable
-        ladder.append(groups)
-        granularities.append(granularity)
-        counts.append(int(_new_groups(groups, of_item, of_gallery).max()) + 1)
-        if n_classes is not None and counts[-1] >= n_classes:
-            break
-        if len(known):
-            scores.append(bcubed(classes, groups[of_known]))
-            if scores[-1].mean() < max(score.mean() for score in scores) / 2:
-                break  # far too fine by now
-
+    progress = progress or (lambda done: None)
     if n_classes is not None:
-        source, chosen, interval = "given n_classes", len(ladder) - 1, (n_classes, n_classes)
-        groups = merge(pool.graph, ladder[chosen], min(n_classes, counts[chosen]))
-        labels = split(items, groups[of_item], n_classes)
-        groups[of_item] = labels
+        choice = by_number(way, pool, seed, n_classes)
+    elif granularity is not None:
+        choice = by_hand(way, pool, seed, progress, checked_number("granularity", granularity))
     else:
-        steady = stability([groups[of_item] for groups in ladder])
-        if len(known):
-            source, fit = "known classes", np.flatnonzero(as_good_as_the_best(np.array(scores)))
-            chosen = fit[steady[fit] == steady[fit].max()][-1]
-        else:
-            source, fit = "default", np.flatnonzero(steady >= min(STABLE, steady.max()))
-            chosen = fit[-1]
-        interval = (min(counts[i] for i in fit), max(counts[i] for i in fit))
-        groups = ladder[chosen]
-        labels = _new_groups(groups, of_item, of_gallery)[of_item]
+        choice = by_known_classes(way, pool, seed, progress)
 
+    groups = choice.groups.copy()
+    if n_classes is not None:
+        labels = split(items, groups[pool.of_item], n_classes)
+        groups[pool.of_item] = labels
+        interval = (n_classes, n_classes)
+    else:
+        labels = enforce(pool.graph, pool.of_item, new_groups(groups, pool, in_gallery), links)
+        labels = np.unique(np.append(LEFT_OUT, labels), return_inverse=True)[1][1:] - 1  # a group may be gone
+        counts = [int(new_groups(other, pool, in_gallery).max()) + 1 for other in choice.plausible]
+        interval = (min(counts), max(counts))
     by_size = np.argsort(-np.bincount(labels[labels >= 0]), kind="stable")
-    rank = np.append(np.argsort(by_size), LEFT_OUT)  # -1 finds the last
+    labels = np.append(np.argsort(by_size), LEFT_OUT)[labels]  # -1 finds the last
     return Discovery(
-        labels=rank[labels],
+        labels=labels,
         n_classes=len(by_size),
-        confidence=own_share(pool.graph, groups)[of_item],
-        exemplars=tuple(_exemplars(items, of_item, np.flatnonzero(labels == group)) for group in by_size),
+        confidence=own_share(pool.graph, groups)[pool.of_item],
+        exemplars=tuple(_exemplars(items, pool.of_item, np.flatnonzero(labels == g)) for g in range(len(by_size))),
         n_classes_interval=interval,
-        granularity=granularities[chosen],
-        granularity_source=source,
+        granularity=choice.granularity,
+        granularity_source=choice.source,
+        group_confidence=persistence(labels, [other[pool.of_item] for other in choice.neighbours]),
+        known_class=_known_class(pool, groups, labels, names),
+        pool=pool,
+        note="" if len(by_size) else ALL_KNOWN if (groups[pool.of_item] >= 0).any() else ALL_NOISE,
     )
 
 
-def _new_groups(groups: np.ndarray, of_item: np.ndarray, of_known: np.ndarray) -> np.ndarray:
-    """The nodes' groups `(M,)` numbered anew; -1 for groups without unknown items, and for those of known ones.
+def new_groups(groups: np.ndarray, pool: Pool, in_gallery: np.ndarray) -> np.ndarray:
+    """The groups of the unknown items `(N,)` numbered anew; -1 for those of no group, and where known ones lie.
 
-    Shares are compared, not numbers: there may be many more known items than unknown ones, or fewer.
+    Shares are compared as well as numbers: there may be many more known items than unknown ones, or fewer.
+
+    Args:
+        groups: `(M,)` the group of each node, from 0; −1: of none.
+        in_gallery: `(K,)` bool: the known items whose class can be recognised.
     """
-    share = np.bincount(groups[of_item], minlength=groups.max() + 1) / len(of_item)
-    known_share = np.bincount(groups[of_known], minlength=len(share)) / max(len(of_known), 1)
-    new = (share > 0) & (share * AT_HOME >= known_share)
-    return np.where(new, np.cumsum(new) - 1, LEFT_OUT)[groups]
+    mine, theirs = groups[pool.of_item], groups[pool.of_known]
+    n_groups = int(groups.max()) + 1
+    unknown = np.bincount(mine[mine >= 0], minlength=n_groups)
+    known = np.bincount(theirs[theirs >= 0], minlength=n_groups)
+    gallery = np.bincount(theirs[in_gallery & (theirs >= 0)], minlength=n_groups)
+    new = (unknown > 0) & (AT_HOME * unknown > gallery) & (AT_HOME * _share(unknown) >= _share(known))
+    if np.minimum(_share(unknown), _share(gallery)).sum() > ALIKE:
+        new[:] = False
+    return np.append(np.where(new, np.cumsum(new) - 1, LEFT_OUT), LEFT_OUT)[mine]
+
+
+def _share(counts: np.ndarray) -> np.ndarray:
+    return counts / max(counts.sum(), 1)
+
+
+def _known_class(pool: Pool, groups: np.ndarray, labels: np.ndarray, names: np.ndarray) -> np.ndarray:
+    """The name `(N,)` of the class that most links of an item left out lead to, or, where none leads to a known item,
+    that most known items of its group are of; None for items of new classes, and where there is neither."""
+    found = np.full(len(labels), None, dtype=object)
+    left = np.flatnonzero(labels == LEFT_OUT)
+    if len(left) and len(names):
+        group, ones = alone(groups), np.ones(len(pool.classes))
+        of_class = csr_matrix((ones, (pool.of_known, pool.classes)), shape=(len(groups), len(names)))
+        of_group = csr_matrix((ones, (group[pool.of_known], pool.classes)), shape=(group.max() + 1, len(names)))
+        nodes = pool.of_item[left]
+        votes = (pool.graph[nodes] @ of_class + of_class[nodes] + FAINT * of_group[group[nodes]]).tocsr()
+        any_vote = np.diff(votes.indptr) > 0
+        found[left[any_vote]] = names[np.asarray(votes[any_vote].argmax(axis=1)).ravel()]
+    return found
 
 
 def _exemplars(items: np.ndarray, of_item: np.ndarray, members: np.ndarray) -> np.ndarray:
@@ -169,23 +221,42 @@ def _exemplars(items: np.ndarray, of_item: np.ndarray, members: np.ndarray) -> n
     return members[np.argsort(-(inside @ inside.mean(axis=0)), kind="stable")[:N_EXEMPLARS]]
 
 
+def _check_wishes(n_classes: int | None, granularity: float | None, links: Constraints, n_items: int) -> None:
+    if n_classes is not None and granularity is not None:
+        raise OsmlError("n_classes and granularity both say how fine to group: give one of them")
+    if n_classes is not None and len(links.must_link) + len(links.cannot_link):
+        raise OsmlError("links may not leave so many classes as n_classes says: give one of them")
+    if n_classes is not None and not 1 <= n_classes <= n_items:
+        raise OsmlError(f"n_classes is {n_classes}, but must be from 1 to the {n_items} items: give another, or none")
+
+
 def _known(
-    embeddings: ArrayLike | torch.Tensor | None, labels: ArrayLike | torch.Tensor | None, width: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The known items `(M, width)` and their class indices `(M,)`; none of either if none are given."""
+    embeddings: ArrayLike | torch.Tensor | None,
+    labels: ArrayLike | torch.Tensor | None,
+    in_gallery: ArrayLike | None,
+    width: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The known items `(K, width)`, the names of the classes `(C,)`, the index of each item's class `(K,)`, and whether
+    it is in the gallery `(K,)`; none of any if none are given."""
     if (embeddings is None) != (labels is None):
         raise OsmlError("known_embeddings and known_labels belong together: give both or neither")
     if embeddings is None:
-        return np.empty((0, width), dtype=np.float32), np.empty(0, dtype=np.int64)
+        if in_gallery is not None:
+            raise OsmlError("in_gallery is about known_embeddings: give these, or leave it out")
+        return np.empty((0, width), np.float32), np.empty(0, object), np.empty(0, np.int64), np.empty(0, bool)
     known = _unit_rows(embeddings, "known_embeddings")
     if known.shape[1] != width:
         raise OsmlError(
             f"known_embeddings are {known.shape[1]} wide, but embeddings {width}: both must come from one model"
         )
-    classes = check_vector(labels, "known_labels")
-    if len(classes) != len(known):
-        raise OsmlError(f"{len(known)} known_embeddings need as many known_labels, but there are {len(classes)}")
-    return known, np.unique(classes, return_inverse=True)[1]
+    labels = check_vector(labels, "known_labels")
+    if len(labels) != len(known):
+        raise OsmlError(f"{len(known)} known_embeddings need as many known_labels, but there are {len(labels)}")
+    names, classes = np.unique(labels, return_inverse=True)
+    in_gallery = np.ones(len(known), dtype=bool) if in_gallery is None else np.asarray(in_gallery)
+    if in_gallery.shape != classes.shape or in_gallery.dtype != np.bool_:
+        raise OsmlError(f"in_gallery must be {len(known)} bools, one for each of known_embeddings")
+    return known, names.astype(object), classes, in_gallery
 
 
 def _unit_rows(embeddings: ArrayLike | torch.Tensor, name: str) -> np.ndarray:

@@ -8,7 +8,9 @@ from functools import cached_property
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from .graph import neighbor_graph
+from .constraints import Constraints, contract
+from .graph import BLOCK, neighbor_graph
+from .representation import whitened
 
 SAME = 5
 """Decimals of a unit vector to which two embeddings are taken for copies of one item."""
@@ -20,21 +22,51 @@ class Pool:
     class; nodes are sorted, so that the order of the items does not matter."""
 
     nodes: np.ndarray
-    """`(M, D)` float32, unit vectors, all different."""
+    """`(M, D)` float32, unit vectors, whitened (see `representation.py`); no two are of copies."""
     of_item: np.ndarray
     """`(N,)` int64: the node of each unknown item."""
     of_known: np.ndarray
     """`(K,)` int64: the node of each known item; K may be 0."""
     classes: np.ndarray
     """`(K,)` int64 in 0 … C−1: the class of each known item."""
+    links: Constraints
+    """What a person said of pairs of the unknown items."""
 
     @staticmethod
-    def of(items: np.ndarray, known: np.ndarray, classes: np.ndarray) -> Pool:
-        """The pool of unit vectors `(N, D)` and `(K, D)`."""
-        nodes, node = np.unique(np.concatenate([items, known]).round(SAME) + 0.0, axis=0, return_inverse=True)
-        return Pool(nodes, node[: len(items)], node[len(items) :], classes)
+    def of(items: np.ndarray, known: np.ndarray, classes: np.ndarray, links: Constraints | None = None) -> Pool:
+        """The pool of unit vectors `(N, D)` and `(K, D)`. Memory: one copy of both."""
+        _, first, node = np.unique(np.concatenate([_keys(items), _keys(known)]), return_index=True, return_inverse=True)
+        nodes = np.empty((len(first), items.shape[1]), dtype=np.float32)
+        of_items = first < len(items)
+        nodes[of_items] = items[first[of_items]]
+        nodes[~of_items] = known[first[~of_items] - len(items)]
+        of_item, of_known = node[: len(items)], node[len(items) :]
+        nodes = whitened(nodes.round(SAME, out=nodes), nodes[of_known], classes)
+        return Pool(nodes, of_item, of_known, classes, links or Constraints.of(None, None, len(items)))
+
+    def without_known(self) -> Pool:
+        """The unknown items alone, where they are."""
+        used, of_item = np.unique(self.of_item, return_inverse=True)
+        return Pool(self.nodes[used], of_item, self.of_known[:0], self.classes[:0], self.links)
 
     @cached_property
     def graph(self) -> csr_matrix:
         """`(M, M)` weights of links to nearest neighbours; made once, for every method and every granularity."""
         return neighbor_graph(self.nodes)
+
+    @cached_property
+    def joined(self) -> tuple[csr_matrix, np.ndarray]:
+        """The graph `(U, U)` in which items that are linked by a person are one node, and the node `(M,)` of each of
+        the others."""
+        if not len(self.links.must_link) + len(self.links.cannot_link):
+            return self.graph, np.arange(len(self.nodes))
+        return contract(self.graph, self.of_item, self.links)
+
+
+def _keys(rows: np.ndarray) -> np.ndarray:
+    """A number `(N,)` uint64 for each of the rows `(N, D)`: the same for copies, and else another but for one chance in
+    2⁶⁴ a pair. Sorting numbers takes a fraction of the time and memory of sorting rows."""
+    factors = np.random.default_rng(0).integers(2**64, size=rows.shape[1], dtype=np.uint64)
+    blocks = np.split(rows, range(BLOCK, len(rows), BLOCK))
+    # Products and sums wrap around, as they are meant to.
+    return np.concatenate([np.rint(block * 10**SAME).astype(np.int64).view(np.uint64) @ factors for block in blocks])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import count
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,6 +17,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from .. import UNKNOWN
+from ..discovery.tree import Tree
 from ..evaluation import Evaluation
 from ..metrics.discovery import LEFT_OUT
 from ..metrics.functional import Ranking, oscr_curve, rank, roc_curve
@@ -26,8 +28,14 @@ CLASSES = ("#CC6677", "#332288", "#C9A227", "#117733", "#3FA7D6", "#882255", "#4
 
 CURVE_POINTS = 2000
 MAP_ITEMS = 2000
+MAP_GROUPED, MAP_KNOWN = 1500, 500
+"""Items, and known ones behind them, of the map of a discovery."""
 MAP_LABELS = 20
 """Classes up to which a map names them."""
+MAP_NUMBERS = 100
+"""Groups, the largest, that a map numbers."""
+TREE_BRANCHES = 40
+"""Branches of a tree that are drawn."""
 CONFUSION_CLASSES = 30
 GROUPS = 40
 WRITTEN_CELLS = 14
@@ -139,6 +147,83 @@ def groups(evaluation: Evaluation) -> Figure | None:
     return figure
 
 
+def group_map(embeddings: np.ndarray, labels: np.ndarray, known: np.ndarray, *, seed: int = 0) -> Figure:
+    """Items `(N, D)` in the plane, coloured and numbered by group `(N,)`, with known items `(R, D)` in grey.
+
+    As `maps`, of at most `MAP_GROUPED` items and `MAP_KNOWN` known ones.
+    """
+    draw = np.random.default_rng(seed)
+    chosen = draw.permutation(len(embeddings))[:MAP_GROUPED]
+    behind = draw.permutation(len(known))[:MAP_KNOWN]
+    xy = _plane(np.concatenate([embeddings[chosen], known[behind]]), seed)
+    items, references, groups = xy[: len(chosen)], xy[len(chosen) :], labels[chosen]
+    numbers = np.unique(groups[groups != LEFT_OUT])
+    crowded = len(numbers) > MAP_LABELS
+    side = 7.6 if crowded else 6.4
+    figure, axes = _figure(side, side, "Map of the embeddings, coloured by group")
+    size = float(np.clip(16_000 / len(xy), 8, 36))
+    axes.scatter(*references.T, s=size, color=FAINT, linewidths=0, alpha=0.6, rasterized=True)
+    out = groups == LEFT_OUT
+    axes.scatter(*items[out].T, s=size, color=INK, marker="x", linewidths=1, alpha=0.8, rasterized=True)
+    colours = np.array(CLASSES)[groups[~out] % len(CLASSES)]
+    axes.scatter(*items[~out].T, s=size, c=colours, linewidths=0, alpha=0.8, rasterized=True)
+    for group in numbers[:MAP_NUMBERS]:
+        _label(axes, items[groups == group], str(group), 8 if crowded else 11)
+    for label, marker, colour in (("known item", "o", FAINT), ("left out", "x", INK)):
+        if marker == "o" or out.any():
+            axes.scatter([], [], s=30, color=colour, marker=marker, linewidths=int(marker == "x"), label=label)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    _legend(axes, columns=2)
+    return figure
+
+
+def group_tree(tree: Tree) -> Figure | None:
+    """How the groups that stand merge, from the right to the left, to fewer and at last to one; None for a single one.
+
+    At most `TREE_BRANCHES` branches are opened, from the coarsest on; groups behind them are told as a number.
+    """
+    if len(tree.groups) < 2:
+        return None
+    stand, ends = set(tree.groups), {int(np.flatnonzero(tree.parent < 0)[0])}
+    while len(ends) < TREE_BRANCHES and (closed := ends - stand):
+        opened = max(closed, key=lambda group: (tree.heights[group], -group))
+        ends = ends - {opened} | set(tree.children[opened].tolist())
+    behind: dict[int, list[int]] = {end: [] for end in ends}
+    for group in tree.groups:
+        behind[_end_of(tree, group, ends)].append(group)
+
+    figure, axes = _figure(
+        6.2, 0.9 + 0.24 * len(ends), "Tree of the groups, from coarse on the left to fine on the right"
+    )
+    lowest = min(tree.heights[group] for group in set(tree.parent[list(ends)].tolist()))
+    right = lowest - 0.05 * (1 - lowest)
+    rows = count()
+
+    def draw(group: int) -> tuple[float, float]:
+        """The place of a branch; what is right of it is drawn."""
+        if group in ends:
+            y, groups = next(rows), behind[group]
+            axes.plot(right, y, "o", color=CLASSES[group % len(CLASSES)] if group in stand else FAINT, clip_on=False)
+            name = ", ".join(map(str, groups)) if len(groups) <= 4 else f"{len(groups)} groups"
+            text = f"{name}: {tree.sizes[group]:,} items"
+            axes.annotate(text, (right, y), (8, 0), textcoords="offset points", va="center", fontsize=9, color=INK)
+            return right, y
+        x = tree.heights[group]
+        larger_first = sorted(tree.children[group].tolist(), key=lambda child: (-tree.sizes[child], child))
+        places = [draw(child) for child in larger_first]
+        for start, y in places:
+            axes.plot([start, x], [y, y], color=REJECTED, linewidth=1.2, zorder=0)
+        axes.plot([x, x], [y for _, y in places], color=REJECTED, linewidth=1.2, zorder=0)
+        return x, float(np.mean([y for _, y in places]))
+
+    draw(int(np.flatnonzero(tree.parent < 0)[0]))
+    axes.set(yticks=[], ylim=(len(ends) - 0.5, -0.5), xlim=(1 + 0.02 * (1 - right), right))
+    axes.set_xlabel("how little the two are linked (0.5: as by chance; 1: not at all)")
+    axes.spines["left"].set_visible(False)
+    return figure
+
+
 # --- parts of pictures -----------------------------------------------------------------------------------
 
 
@@ -216,16 +301,26 @@ def _map(title: str, xy: np.ndarray, names: np.ndarray, unknown: np.ndarray, col
     named = sorted(set(names.tolist()) - {""})
     if len(named) <= MAP_LABELS:
         for name in named:
-            members = xy[names == name]
-            # The item nearest to the median, as the median itself may lie between two islands.
-            place = members[np.linalg.norm(members - np.median(members, axis=0), axis=1).argmin()]
-            box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none", "alpha": 0.75}
-            axes.text(*place, _short(name), ha="center", va="center", fontsize=9, weight="bold", color=INK, bbox=box)
+            _label(axes, xy[names == name], _short(name), 9)
     axes.set(xticks=[], yticks=[], title="")
     axes.set_title(title, loc="left", fontsize=10, color=INK, pad=22)
     axes.spines[:].set_visible(False)
     _legend(axes, columns=2)
     return figure
+
+
+def _end_of(tree: Tree, group: int, ends: set[int]) -> int:
+    while group not in ends:
+        group = int(tree.parent[group])
+    return group
+
+
+def _label(axes: Axes, members: np.ndarray, text: str, size: float) -> None:
+    """A name in the middle of the points `(N, 2)` that have it."""
+    # The item nearest to the median, as the median itself may lie between two islands.
+    place = members[np.linalg.norm(members - np.median(members, axis=0), axis=1).argmin()]
+    box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none", "alpha": 0.75}
+    axes.text(*place, text, ha="center", va="center", fontsize=size, weight="bold", color=INK, bbox=box)
 
 
 def _heat_map(counts: np.ndarray, rows: Sequence[str], columns: Sequence[str], text: str) -> tuple[Figure, Axes]:

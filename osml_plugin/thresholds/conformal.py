@@ -13,7 +13,7 @@ from scipy.stats import beta
 from ..errors import OsmlError
 from .base import Threshold, checked_rate, checked_scores
 from .cells import Cell, cells_of
-from .ranks import conformal_rank, enough, fewest, p_values
+from .ranks import conformal_rank, enough, fewest, p_values, topped_up
 
 __all__ = ["Conformal", "Guarantee", "conformal_rank", "guarantee", "p_values"]
 
@@ -40,12 +40,18 @@ class Conformal(Threshold, name="conformal"):
         self._calibration, self._groups = known, [len(known)]
         self._take(Cell(known), {}, ())
 
-    def fit_enrolled(self, scores: ArrayLike, classes: ArrayLike, enrolled: Iterable[int]) -> Conformal:
+    def fit_enrolled(
+        self,
+        scores: ArrayLike,
+        classes: ArrayLike,
+        enrolled: Iterable[int],
+        rehearsed: Mapping[int, ArrayLike] = MappingProxyType({}),
+    ) -> Conformal:
         """Give enrolled classes a τ of their own, on top of a `fit` on the calibration items of the others.
 
         A class with at least 1/α − 1 scores has its own conformal τ; those with fewer share that of all their scores.
-        Where these are too few as well nothing is promised, and τ is the largest of them. No τ is below the one that
-        all calibration items ask for.
+        Where these are too few as well, as many rehearsed ones as are missing join them; without, nothing is promised,
+        and τ is the largest of them. No τ is below the one that all calibration items ask for.
 
         The scores are cross-conformal (Vovk 2015): each of an example by a detector that was fitted without it. Of new
         items of an enrolled class that are nearest to it about α are rejected. Less is proven, and only for detectors
@@ -56,14 +62,24 @@ class Conformal(Threshold, name="conformal"):
             scores: `(M,)` of enrolled examples.
             classes: `(M,)` the nearest class of each; those nearest to a class that was not enrolled are left out.
             enrolled: the classes that were enrolled, those without a score included.
+            rehearsed: for classes that are `lacking`, scores of other new classes when these were enrolled from as few
+                examples.
         """
         self._check_scores()
         scores, enrolled = checked_scores(scores), frozenset(int(c) for c in enrolled)
         classes = self._checked_classes(classes, len(scores))
         cells, pooled = cells_of(scores, classes, enrolled, self.alpha, floor=self._calibration, bound=True)
+        for c, others in rehearsed.items():
+            if c in pooled:
+                cells[c] = replace(cells[c], scores=topped_up(cells[c].scores, checked_scores(others), self.alpha))
         pooled = (*pooled, *(c for c in self.pooled if c not in enrolled))
         self._take(self._general, {**self._cells, **cells}, pooled, enrolled)
         return self
+
+    @property
+    def lacking(self) -> tuple[int, ...]:
+        """Enrolled classes whose scores, even pooled, are too few for the rate."""
+        return tuple(c for c in sorted(self._enrolled) if not enough(len(self._cells[c].scores), self.alpha))
 
     def p_values(self, scores: ArrayLike, classes: ArrayLike | None = None) -> np.ndarray:
         """Conformal p-values `(N,)` given the nearest class of each item; p ≤ α and rejected are the same thing."""

@@ -48,3 +48,13 @@ def p_values(scores: ArrayLike, calibration_scores: ArrayLike) -> np.ndarray:
     calibration = np.sort(checked_scores(calibration_scores))
     at_least = len(calibration) - np.searchsorted(calibration, checked_scores(scores), side="left")
     return (1 + at_least) / (len(calibration) + 1)
+
+
+def topped_up(scores: np.ndarray, others: np.ndarray, alpha: float) -> np.ndarray:
+    """`scores`, and of the others as many as are missing to promise the rate α, evenly from their whole range: the more
+    there are of one's own the less the others count."""
+    missing = min(max(0, fewest(alpha) - len(scores)), len(others))
+    if not missing:
+        return scores
+    levels = np.arange(1, missing + 1) / (missing + 1)
+    return np.concatenate([scores, np.quantile(others, levels, method="inverted_cdf")])

@@ -13,6 +13,12 @@ from ..pool import Pool
 registry: Registry[Method] = Registry("discovery method")
 
 
+def group_numbers(n_nodes: int) -> np.ndarray:
+    """The rungs of methods that are told how many groups to make: 1 … 10, then a fifth more each, up to 795."""
+    numbers = np.append(np.arange(1, 11), (10 * 1.2 ** np.arange(1, 25)).round().astype(int))
+    return numbers[numbers <= n_nodes]
+
+
 class Method(Named):
     """A way to group the nodes of a pool. It proposes groupings of every granularity; which one is taken is decided
     outside, in the same way for all methods (`granularity.py`)."""
@@ -29,3 +35,12 @@ class Method(Named):
         gives the same groups.
         """
         raise NotImplementedError
+
+    def of_number(self, pool: Pool, number: int, seed: int) -> np.ndarray:
+        """The groups `(M,)` where the number of groups, 1 … M, is known: exactly so many if the method can, else those
+        of the coarsest rung with at least so many, or of the finest one."""
+        groups = np.zeros(len(pool.nodes), dtype=np.int64)
+        for _, groups in self.ladder(pool, seed):
+            if groups.max() + 1 >= number:
+                break
+        return groups

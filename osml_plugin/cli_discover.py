@@ -1,0 +1,94 @@
+"""`osml discover`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from osml_plugin.cli import AsJson, Model, SkipBad, Trust, figure, print_json
+from osml_plugin.errors import OsmlError
+
+app = typer.Typer()
+
+SHOWN = 3
+"""Exemplars of a group that the table names."""
+
+
+@app.command()
+def discover(
+    model: Model,
+    data: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="Images, with or without class folders; a manifest; or an embeddings file."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT", help="Write discovery.json, a folder a group, and a page to this folder."),
+    ] = None,
+    copy: Annotated[bool, typer.Option("--copy", help="Copy the files into OUT in place of linking them.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the earlier discovery in OUT.")] = False,
+    n_classes: Annotated[int | None, typer.Option(help="How many classes there are, where that is known.")] = None,
+    method: Annotated[str, typer.Option(help="How to group; a wrong name lists the methods.")] = "auto",
+    granularity: Annotated[
+        float | None, typer.Option(help="How fine, in the method's terms: near the one that was chosen before.")
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Group all items, not only those that are rejected.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Seed of the grouping.")] = 0,
+    skip_bad: SkipBad = False,
+    trust_factory: Trust = None,
+    as_json: AsJson = False,
+) -> None:
+    """Group what the recogniser rejects into the new classes that it is.
+
+    Example: osml discover bundle inbox --out found
+    """
+    from . import commands
+
+    if out is not None:
+        from .report.discovery import PAGE, check_folder, write_discovery  # what it needs is asked for before the work
+
+        check_folder(out, data, overwrite)
+    elif copy or overwrite:
+        raise OsmlError(f"--{'copy' if copy else 'overwrite'} is about the folder that is written: name one by --out")
+    result = commands.discover(
+        model,
+        data,
+        n_classes=n_classes,
+        method=method,
+        granularity=granularity,
+        everything=everything,
+        seed=seed,
+        skip_bad=skip_bad,
+        factories=trust_factory or (),
+    )
+    if out is not None:
+        n_absent = write_discovery(out, result, copy=copy, overwrite=overwrite)
+        if n_absent:
+            print(
+                f"osml: warning: {n_absent} of {len(result.items)} files are not there and not in '{out}'",
+                file=sys.stderr,
+            )
+    summary = result.to_dict()
+    if as_json:
+        print_json(summary)
+        return
+    low, high = summary["n_classes_interval"]
+    fit = f" ({low} to {high} fit about as well)" if low < high else ""
+    print(f"{summary['n_items']} items in {summary['n_classes']} groups{fit}; ", end="")
+    print(f"{summary['n_recognised']} recognised as known, {len(summary['left_out'])} left out")
+    if summary["note"]:
+        print(f"nothing is proposed: {summary['note']}")
+    if summary["groups"]:
+        print(f"{'group':>5} {'items':>7} {'confidence':>10}  exemplars")
+    for group, exemplars in zip(summary["groups"], result.groups.exemplars, strict=True):
+        shown = "  ".join(result.short_names[i] for i in exemplars[:SHOWN])
+        print(f"{group['group']:>5} {group['size']:>7} {group['confidence']:>10.2f}  {shown}")
+    for name, value in (summary["metrics"] or {}).items():
+        print(f"{name:18} {figure(value)}")
+    if out is not None:
+        print(f"{'page':18} {out / PAGE}")
