@@ -62,9 +62,9 @@ def photographs(folder: Path, classes: list[int]) -> list[Path]:
 
 @pytest.fixture
 def inbox(spheres, tmp_path) -> Path:
-    """Embeddings of eight items of three unknown classes each, and the files that they came from."""
+    """Embeddings of twenty items of three unknown classes each, and the files that they came from."""
     embeddings, labels = spheres
-    chosen = np.flatnonzero((labels >= KNOWN) & (labels < KNOWN + 3) & (np.arange(len(labels)) % 40 < 8))
+    chosen = np.flatnonzero((labels >= KNOWN) & (labels < KNOWN + 3) & (np.arange(len(labels)) % 40 < 20))
     (tmp_path / "inbox").mkdir()
     file = tmp_path / "inbox" / "inbox.npz"
     paths = photographs(tmp_path / "inbox", labels[chosen].tolist())
@@ -108,11 +108,11 @@ def test_each_file_lies_once_in_the_folder_of_its_group(osml, bundle, inbox, tmp
         assert {str(path.resolve()) for path in placed} == set(group["members"]) or how
         # All sub-folders have files of the same names, and each class is a group.
         assert sorted(p.read_bytes() for p in placed) == sorted(Path(m).read_bytes() for m in group["members"])
-        assert len(placed) == group["size"] == len(group["members"]) == len(group["member_confidence"]) == 8
+        assert len(placed) == group["size"] == len(group["members"]) == len(group["member_confidence"]) == 20
         assert 0 <= group["confidence"] <= 1 and all(0 <= c <= 1 for c in group["member_confidence"])
         assert set(group["exemplars"]) <= set(group["members"])
     links = [path.is_symlink() for path in out.glob("groups/*/*")]
-    assert links == [not how] * 24
+    assert links == [not how] * 60
     assert record["files"] == {
         str(path.relative_to(out)): record["files"][str(path.relative_to(out))] for path in out.glob("groups/*/*")
     }
@@ -122,7 +122,7 @@ def test_names_that_clash_get_numbers(osml, bundle, inbox, tmp_path):
     out = tmp_path / "found"
     assert osml("discover", bundle, inbox, "--n-classes", 1, "--out", out)[0] == 0
     names = {path.name for path in (out / "groups/00").iterdir()}
-    assert names == {f"{i}{n}.png" for i in range(8) for n in ("", " (2)", " (3)")}
+    assert names == {f"{i}{n}.png" for i in range(20) for n in ("", " (2)", " (3)")}
     sources = {path.resolve() for path in (out / "groups/00").iterdir()}
     assert sources == set(inbox.parent.rglob("*.png"))
 
@@ -143,7 +143,7 @@ def test_the_table(osml, bundle, inbox):
     first, header, *rows = printed.splitlines()
     assert (
         status == 0
-        and first.startswith("24 items in 3 groups")
+        and first.startswith("60 items in 3 groups")
         and header.split()[:3]
         == [
             "group",
@@ -151,7 +151,7 @@ def test_the_table(osml, bundle, inbox):
             "confidence",
         ]
     )
-    assert [row.split()[:2] for row in rows] == [[str(g), "8"] for g in range(3)]
+    assert [row.split()[:2] for row in rows] == [[str(g), "20"] for g in range(3)]
     assert all(row.count(".png") == 3 for row in rows)
 
 
@@ -173,8 +173,8 @@ def test_files_that_are_elsewhere_are_told_and_not_linked(osml, bundle, inbox, t
     for path in gone:
         path.unlink()
     status, _, err = osml("discover", bundle, inbox, "--n-classes", 3, "--out", tmp_path / "found")
-    assert status == 0 and "2 of 24 files are not there" in err
-    assert len(list((tmp_path / "found").glob("groups/*/*"))) == 22
+    assert status == 0 and "2 of 60 files are not there" in err
+    assert len(list((tmp_path / "found").glob("groups/*/*"))) == 58
 
 
 def test_a_name_that_is_no_text(osml, bundle, inbox, tmp_path):
@@ -184,7 +184,7 @@ def test_a_name_that_is_no_text(osml, bundle, inbox, tmp_path):
     result = commands.discover(bundle, inbox, n_classes=3, progress=False)
     paths = (odd, *result.items.paths[1:])
     object.__setattr__(result.items, "paths", paths)
-    assert report.write_discovery(tmp_path / "found", result) == 0 and len(named["paths"]) == 24
+    assert report.write_discovery(tmp_path / "found", result) == 0 and len(named["paths"]) == 60
     record = json.loads((tmp_path / "found/discovery.json").read_text())
     assert str(odd) in record["files"].values()
     Parsed(tmp_path / "found/index.html")
@@ -204,7 +204,7 @@ def test_an_earlier_discovery_is_replaced_only_when_asked(osml, bundle, inbox, t
     next((out / "groups/02").iterdir()).unlink()  # a person may have thrown some away
     assert osml("discover", bundle, inbox, "--n-classes", 2, "--out", out, "--overwrite")[0] == 0
     assert sorted(path.name for path in (out / "groups").iterdir()) == ["00", "01"]
-    assert len(list(out.glob("groups/*/*"))) == 24
+    assert len(list(out.glob("groups/*/*"))) == 60
     assert sorted(path.name for path in tmp_path.iterdir()) == ["found", "inbox"]
 
 
@@ -247,7 +247,7 @@ def test_bad_input_ends_with_one_line_and_writes_nothing(osml, bundle, inbox, di
     fails(osml(*run, tmp_path / "found", "--method", "communitys"), "unknown discovery method", "'communities'")
     fails(osml(*run, tmp_path / "found", "--n-classes", 0), "n_classes is 0")
     fails(osml(*run, tmp_path / "found", "--granularity", "nan"), "granularity")
-    fails(osml(*run, tmp_path / "found", "--n-classes", 25), "n_classes is 25")
+    fails(osml(*run, tmp_path / "found", "--n-classes", 61), "n_classes is 61")
     fails(osml("discover", bundle, tmp_path / "nothing", "--out", tmp_path / "found"), "no file or folder")
     fails(osml("discover", bundle, digits_folder, "--out", tmp_path / "found"), "takes embeddings")
     for option in ("--copy", "--overwrite"):
@@ -367,7 +367,7 @@ def test_the_least_sure_are_those(bundle, inbox, tmp_path):
     result = commands.discover(bundle, inbox, n_classes=1, progress=False)
     report.write_discovery(tmp_path / "found", result)
     page = Parsed(tmp_path / "found/index.html")
-    others = [i for i in range(24) if i not in set(result.groups.exemplars[0].tolist())]
+    others = [i for i in range(60) if i not in set(result.groups.exemplars[0].tolist())]
     least = sorted(result.groups.confidence[i] for i in others)[:6]
     said = [float(text.split()[0]) for text in page.texts[page.texts.index("Least sure") :] if " sure\n" in text]
     assert said == [pytest.approx(value, abs=0.005) for value in least]
@@ -443,7 +443,7 @@ def test_the_tree_shows_every_group_once(bundle, inbox, monkeypatch):
     listed = [group for names, _ in folded if "groups" not in names for group in names.split(", ")]
     n_hidden = sum(int(names.split()[0]) for names, _ in folded if "groups" in names)
     assert len(listed) == len(set(listed)) == 6 - n_hidden
-    assert sum(int(n) for _, n in folded) == 24
+    assert sum(int(n) for _, n in folded) == 60
 
 
 def test_write_discovery_checks_again(bundle, inbox, tmp_path):

@@ -11,8 +11,8 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import adjusted_rand_score, jaccard_score
 
 from osml_plugin import OsmlError
-from osml_plugin.discovery import Constraints, Discovery, discover
-from osml_plugin.discovery.discover import AT_HOME, new_groups
+from osml_plugin.discovery import Constraints, Discovery, confirmed, discover
+from osml_plugin.discovery.discover import AT_HOME, among_known, new_groups
 from osml_plugin.discovery.granularity import bcubed, behind_the_best, merge, persistence, split, stability
 from osml_plugin.discovery.graph import N_NEIGHBORS, ONE_WAY, communities, neighbor_graph, own_share
 from osml_plugin.discovery.methods import create
@@ -475,17 +475,77 @@ def test_new_groups_against_a_slow_twin(rows):
         rare = n_k > 0 and k / n_k > AT_HOME * u / n_u if n_u else True
         if u > 0 and c < AT_HOME * u and not rare:
             new.append(g)
-    n_u = np.sum(groups[unknown] >= 0)
-    n_c = np.sum(groups[kind == "gallery"] >= 0)
-    if n_u and n_c:
-        both = [
-            min(np.sum(groups[unknown] == g) / n_u, np.sum(groups[kind == "gallery"] == g) / n_c)
-            for g in range(len(used))
-        ]
-        if sum(both) > 0.75:
-            new = []
     expected = [new.index(g) if g in new else -1 for g in groups[unknown]]
     np.testing.assert_array_equal(new_groups(groups, pool, kind[known] == "gallery"), expected)
+
+
+def test_among_known_against_a_slow_twin():
+    items, true = blobs(6, 30, spread=0.6)
+    known = np.arange(len(items)) % 3 > 0
+    in_gallery = true[known] != 2
+    pool = Pool.of(items[~known].astype(np.float32), items[known].astype(np.float32), true[known])
+    unknown, gallery = set(pool.of_item), set(pool.of_known[in_gallery])
+    shares = []
+    for a in unknown:
+        to_unknown = sum(pool.graph[a, b] for b in unknown)
+        to_gallery = sum(pool.graph[a, b] for b in gallery)
+        shares.append(to_gallery / (to_gallery + to_unknown) if to_gallery else 0)
+    expected = np.median(shares) / (len(gallery) / (len(unknown) + len(gallery) - 1))
+    assert 0 < among_known(pool, in_gallery) == pytest.approx(expected)
+    assert among_known(pool, np.zeros_like(in_gallery)) == 0
+
+
+def test_among_known_is_near_one_for_known_items_and_near_none_for_new_ones():
+    items, labels = load_digits(return_X_y=True)
+    items = items / np.linalg.norm(items, axis=1, keepdims=True)
+    first = np.arange(len(items)) % 2 == 0
+    for n_known, low, high in ((10, 0.9, 1.1), (5, 0, 0.2)):
+        known = ~first & (labels < n_known)
+        queries = first & ((labels >= n_known) if n_known < 10 else (labels >= 0))
+        pool = Pool.of(items[queries].astype(np.float32), items[known].astype(np.float32), labels[known])
+        assert low <= among_known(pool, np.ones(known.sum(), dtype=bool)) <= high
+
+
+# What a person said ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["communities", "kmeans"])
+def test_links_are_kept(method):
+    items, true = blobs(5, 30, spread=0.5)
+    rng = np.random.default_rng(0)
+    pairs = rng.integers(len(items), size=(60, 2))
+    must, cannot = (pairs[(true[pairs[:, 0]] == true[pairs[:, 1]]) == same] for same in (True, False))
+    found = discover(items, method=method, must_link=must, cannot_link=cannot)
+    check(found, len(items))
+    assert (found.labels[must[:, 0]] == found.labels[must[:, 1]]).all()
+    assert (found.labels[cannot[:, 0]] != found.labels[cannot[:, 1]]).all()
+
+
+def test_two_classes_that_lie_together_are_told_apart_by_names():
+    items, family, member = families(4, 2, 60)
+    asked, coarse = np.flatnonzero(family == 0), {"granularity": 0.02}
+    alone = discover(items[asked], **coarse)
+    names = [None] * len(asked)
+    for i in (0, 1, 2, 60, 61, 62):
+        names[i] = str(member[asked[i]])
+    must, cannot = confirmed(names)
+    named = discover(items[asked], **coarse, must_link=must, cannot_link=cannot)
+    assert (alone.n_classes, named.n_classes) == (1, 2)
+    assert discovery_metrics(member[asked], named.labels).accuracy > 0.95
+
+
+def test_links_and_a_number_of_classes_are_refused_together():
+    items, _ = blobs(3, 20)
+    with pytest.raises(OsmlError, match="n_classes"):
+        discover(items, n_classes=3, cannot_link=[[0, 1]])
+
+
+def test_the_tree_is_of_the_classes():
+    items, family, _ = families(4, 3, 40)
+    found = discover(items)
+    check(found, len(items))
+    np.testing.assert_array_equal(found.tree.cut(found.n_classes), found.labels)
+    assert discovery_metrics(family, found.tree.cut(4)).accuracy > 0.99
 
 
 def test_stability():

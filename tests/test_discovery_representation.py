@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 from scipy.stats import ortho_group
 from sklearn.cluster import KMeans
-from sklearn.covariance import ShrunkCovariance
+from sklearn.covariance import LedoitWolf, ShrunkCovariance
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.metrics import adjusted_rand_score
 
@@ -36,9 +36,9 @@ def slow(items: np.ndarray, known: np.ndarray, classes: np.ndarray) -> np.ndarra
         members = known[classes == c].astype(np.float64)
         if len(members) > 1:
             inside += [member - members.mean(axis=0) for member in members]
-    root = np.linalg.inv(
-        np.real(sqrtm(ShrunkCovariance(shrinkage=0.1, assume_centered=True).fit(np.array(inside)).covariance_))
-    )
+    shrinkage = max(0.1, LedoitWolf(assume_centered=True).fit(np.array(inside, dtype=np.float64)).shrinkage_)
+    covariance = ShrunkCovariance(shrinkage=shrinkage, assume_centered=True).fit(np.array(inside)).covariance_
+    root = np.linalg.inv(np.real(sqrtm(covariance)))
     center = np.mean([row.astype(np.float64) for row in known], axis=0)
     moved = [root @ (item - center) for item in items]
     return np.array([row / np.sqrt(row @ row) for row in moved])

@@ -15,7 +15,7 @@ from ..errors import OsmlError
 from ..metrics.checks import check_vector
 from ..registry import checked_number
 from .constraints import Constraints, enforce
-from .granularity import alone, by_hand, by_known_classes, by_number, persistence, split
+from .granularity import alone, by_evidence, by_hand, by_number, persistence, split
 from .graph import own_share
 from .methods import create
 from .pool import Pool
@@ -24,8 +24,9 @@ from .tree import Tree
 AT_HOME = 3
 """A group lies among known items if it has this many times as many of the gallery as unknown ones, or if it is this
 many times as frequent among all known items as among the unknown ones."""
-ALIKE = 0.75
-"""Unknown items are all known if they are spread over the groups as those of the gallery are, up to the rest."""
+AMONG = 0.5
+"""Unknown items are all known if they have this share of the links to the gallery that known ones would have: between
+0.0 to 0.1 for pools of new classes with some known items in them, and 0.6 to 1.1 for pools that were all known."""
 FAINT = 1e-9
 """What an item of its group counts for against a link of its own, when an item's known class is told."""
 N_EXEMPLARS = 9
@@ -50,7 +51,7 @@ class Discovery:
     """For each class the indices of up to 9 different items, those nearest to the mean of its different items first."""
     n_classes_interval: tuple[int, int]
     """The fewest and the most classes among the groupings that fit the known classes up to two standard errors of the
-    best, and the chosen one; without known classes among all stable ones."""
+    best, and the chosen one; without known classes among all stable ones. Links may leave more or fewer."""
     granularity: float
     """Of the grouping, in the method's terms, higher being finer: of communities the resolution of modularity, on the
     graph of these items."""
@@ -92,20 +93,18 @@ def discover(
     Embeddings are whitened by how the known classes vary (`representation.py`). A graph links every item, known ones
     included, to its 15 nearest; its communities (Louvain) are groups, and a resolution says how fine. Of 24 resolutions
     the middle one is taken of those that group the known items about as well by class as the best one does (B-cubed F,
-    weighted by the standard error of the difference).
+    weighted by the standard error of the difference). Where unknown groups have more items than known classes, that is
+    asked of pools that are thinned until they have as many, and it is the number of classes that is taken over.
 
     A group is left out, as one of wrongly rejected known items, if it has three times as many items of the gallery as
-    unknown ones, or a share of all known items three times that of all unknown ones. If the unknown items are spread
-    over the groups as the gallery's are (three quarters in common), or if no group has more than a third as many of
-    them as it has of the gallery's, nothing is proposed.
+    unknown ones, or a share of all known items three times that of all unknown ones. If the unknown items have, in
+    the median, at least half as many links to the gallery as they would have if they were of its classes, all are.
 
     With `n_classes` the known items play no part beyond the whitening: the coarsest resolution with at least so many
     groups is taken, and the groups that are linked most are merged; nothing is left out.
 
     Time and memory are about linear: neighbours are searched exactly up to 10,000 items, and above among some 10,000
-    candidates each. More items of a class make it fall apart at a lower resolution, so known classes of about the
-    size of the unknown ones tell the most; with far fewer items a class they make the grouping too fine. A class in
-    several parts, of more than 15 items each and far from one another, is found as several.
+    candidates each. A class in several parts, of more than 15 items each and far from one another, is found as several.
 
     Args:
         embeddings: `(N, D)` items of unknown classes; wrongly rejected known items may be among them.
@@ -140,23 +139,26 @@ def discover(
     items = pool.nodes[pool.of_item]
     way = create("communities" if method == "auto" else method)
     progress = progress or (lambda done: None)
+
+    def counted(groups: np.ndarray, pool: Pool) -> int:
+        return int(new_groups(groups, pool, in_gallery).max()) + 1
+
     if n_classes is not None:
         choice = by_number(way, pool, seed, n_classes)
     elif granularity is not None:
-        choice = by_hand(way, pool, seed, progress, checked_number("granularity", granularity))
+        choice = by_hand(way, pool, seed, progress, counted, checked_number("granularity", granularity))
     else:
-        choice = by_known_classes(way, pool, seed, progress)
+        choice = by_evidence(way, pool, seed, progress, counted)
 
     groups = choice.groups.copy()
     if n_classes is not None:
         labels = split(items, groups[pool.of_item], n_classes)
         groups[pool.of_item] = labels
-        interval = (n_classes, n_classes)
     else:
         labels = enforce(pool.graph, pool.of_item, new_groups(groups, pool, in_gallery), links)
+        if among_known(pool, in_gallery) >= AMONG:
+            labels[:] = LEFT_OUT
         labels = np.unique(np.append(LEFT_OUT, labels), return_inverse=True)[1][1:] - 1  # a group may be gone
-        counts = [int(new_groups(other, pool, in_gallery).max()) + 1 for other in choice.plausible]
-        interval = (min(counts), max(counts))
     by_size = np.argsort(-np.bincount(labels[labels >= 0]), kind="stable")
     labels = np.append(np.argsort(by_size), LEFT_OUT)[labels]  # -1 finds the last
     return Discovery(
@@ -164,7 +166,7 @@ def discover(
         n_classes=len(by_size),
         confidence=own_share(pool.graph, groups)[pool.of_item],
         exemplars=tuple(_exemplars(items, pool.of_item, np.flatnonzero(labels == g)) for g in range(len(by_size))),
-        n_classes_interval=interval,
+        n_classes_interval=choice.counts if len(by_size) else (0, 0),
         granularity=choice.granularity,
         granularity_source=choice.source,
         group_confidence=persistence(labels, [other[pool.of_item] for other in choice.neighbours]),
@@ -189,9 +191,28 @@ def new_groups(groups: np.ndarray, pool: Pool, in_gallery: np.ndarray) -> np.nda
     known = np.bincount(theirs[theirs >= 0], minlength=n_groups)
     gallery = np.bincount(theirs[in_gallery & (theirs >= 0)], minlength=n_groups)
     new = (unknown > 0) & (AT_HOME * unknown > gallery) & (AT_HOME * _share(unknown) >= _share(known))
-    if np.minimum(_share(unknown), _share(gallery)).sum() > ALIKE:
-        new[:] = False
     return np.append(np.where(new, np.cumsum(new) - 1, LEFT_OUT), LEFT_OUT)[mine]
+
+
+def among_known(pool: Pool, in_gallery: np.ndarray) -> float:
+    """How much of an unknown item's links lead to the gallery `(K,)` bool rather than to other unknown ones, over what
+    it would be if all were of the same classes, in the median: near 0 for new classes, near 1 for known ones.
+
+    The nearest-neighbour test of two samples (Schilling 1986, "Multivariate two-sample tests based on nearest
+    neighbors"), on the graph. The median, since a few known items beside few of the gallery count for many times one.
+    """
+    unknown, gallery = np.zeros((2, len(pool.nodes)), dtype=bool)
+    unknown[pool.of_item] = True
+    gallery[pool.of_known[in_gallery]] = True
+    gallery &= ~unknown
+    if not gallery.any():
+        return 0.0
+    links = pool.graph[np.flatnonzero(unknown)]
+    to_gallery, to_unknown = links @ gallery, links @ unknown
+    both = to_gallery + to_unknown
+    share = np.divide(to_gallery, both, out=np.zeros_like(both), where=both > 0)
+    chance = gallery.sum() / (gallery.sum() + unknown.sum() - 1)
+    return float(np.median(share)) / chance
 
 
 def _share(counts: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -21,6 +21,17 @@ STABLE = 0.9
 """Without known classes: the finest grouping that is this stable (adjusted Rand index, see `stability`)."""
 
 
+MATCHED = 0.5
+"""Unknown groups have about as many items as known classes if these have at least this share of theirs."""
+STEPS = 3
+"""How often the number of groups, and so their size, is corrected."""
+DRAWS, DRAWN = 5, 30_000
+"""How many thinned pools are grouped for a number, and the most items of all of them together; but one at least."""
+
+Counted = Callable[[np.ndarray, Pool], int]
+"""How many new classes there are among the groups of the nodes of a pool."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """The grouping that is taken, and what it was taken from."""
@@ -29,13 +40,65 @@ class Choice:
     """`(M,)` int64: the group of each node, from 0; −1: of none."""
     neighbours: list[np.ndarray]
     """The next coarser and the next finer grouping, or the same made again from another seed."""
-    plausible: list[np.ndarray]
-    """The groupings that could as well be the right one, the chosen one among them."""
+    counts: tuple[int, int]
+    """The fewest and the most new classes in the groupings that could as well be the right one."""
     granularity: float
     source: str
 
 
-def by_known_classes(way: Method, pool: Pool, seed: int, progress: Callable[[float], None]) -> Choice:
+@dataclass(frozen=True)
+class Ladder:
+    """The groupings of a pool, from coarse to fine, and which of them the evidence is for."""
+
+    granularities: list[float]
+    groups: list[np.ndarray]
+    counts: np.ndarray
+    """`(R,)` new classes of each."""
+    chosen: int
+    plausible: np.ndarray
+    """Rungs that could as well be right, the chosen one among them."""
+
+    def taken(self, chosen: int, counts: tuple[int, int], source: str) -> Choice:
+        beside = [self.groups[i] for i in (chosen - 1, chosen + 1) if 0 <= i < len(self.groups)]
+        groups = self.groups[chosen]
+        return Choice(groups, beside or [groups], counts, self.granularities[chosen], source)
+
+    @property
+    def span(self) -> tuple[int, int]:
+        counts = self.counts[self.plausible]
+        return int(counts.min()), int(counts.max())
+
+
+def by_evidence(way: Method, pool: Pool, seed: int, progress: Callable[[float], None], counted: Counted) -> Choice:
+    """The rung that the known classes speak for (see `climbed`), at equal sizes.
+
+    A large class falls apart at a coarser rung than a small one. So where unknown groups have more items than known
+    classes have on average, the unknown items are thinned, at random, until groups are of the size of the classes; how
+    many there are is asked of several such pools, and of the whole pool the rung is taken that comes nearest to that.
+    Since their size depends on their number, this is done again with the new number.
+    """
+    ladder = climbed(way, pool, seed, progress, counted)
+    number, span = float(ladder.counts[ladder.chosen]), ladder.span
+    if not len(pool.classes):
+        return ladder.taken(ladder.chosen, span, "default")
+    size, chosen = np.bincount(pool.classes).mean(), ladder.chosen
+    for _ in range(STEPS):
+        share = size * max(number, 1) / len(np.unique(pool.of_item))
+        if share > MATCHED:
+            break
+        draws = max(1, min(DRAWS, DRAWN // int(share * len(pool.of_item) + len(pool.of_known))))
+        thinned = [climbed(way, pool.thinned(share, seed + n), seed + n, progress, counted) for n in range(draws)]
+        before, number = number, float(np.mean([one.counts[one.chosen] for one in thinned]))
+        low, high = np.mean([one.span for one in thinned], axis=0)
+        chosen = int(np.abs(ladder.counts - round(number)).argmin())
+        count = int(ladder.counts[chosen])
+        span = min(round(low), count), max(round(high), count)
+        if abs(number - before) < 0.5:
+            break
+    return ladder.taken(chosen, span, "known classes")
+
+
+def climbed(way: Method, pool: Pool, seed: int, progress: Callable[[float], None], counted: Counted) -> Ladder:
     """The middle of the rungs, each weighted by exp(−z² / 2): z is by how many standard errors it groups the known
     classes worse than the best one does. Those up to two errors are plausible. Where a grouping of those up to one is
     the same on the rungs beside it, there is nothing to weigh: it is taken, the finest of such.
@@ -58,15 +121,18 @@ def by_known_classes(way: Method, pool: Pool, seed: int, progress: Callable[[flo
         z = np.divide(behind, error, out=np.where(behind > 0, np.inf, 0), where=error > 0)
         chosen = int(np.average(np.arange(len(ladder)), weights=np.exp(-(z**2) / 2)).round())
         repeated = np.flatnonzero((z <= 1) & (steady == 1))
-        chosen, source = (repeated[-1] if len(repeated) else chosen), "known classes"
+        chosen = int(repeated[-1]) if len(repeated) else chosen
         plausible = np.union1d(np.flatnonzero(z <= 2), chosen)
     else:
         plausible = np.flatnonzero(steady >= min(STABLE, steady.max()))
-        chosen, source = plausible[-1], "default"
-    return _choice(ladder, chosen, plausible, granularities, source)
+        chosen = int(plausible[-1])
+    counts = np.array([counted(groups, pool) for groups in ladder])
+    return Ladder(granularities, ladder, counts, chosen, plausible)
 
 
-def by_hand(way: Method, pool: Pool, seed: int, progress: Callable[[float], None], wanted: float) -> Choice:
+def by_hand(
+    way: Method, pool: Pool, seed: int, progress: Callable[[float], None], counted: Counted, wanted: float
+) -> Choice:
     """The rung whose granularity is nearest to what is `wanted`."""
     granularities, ladder = [], []
     for granularity, groups in _rungs(way, pool, seed, progress):
@@ -74,8 +140,10 @@ def by_hand(way: Method, pool: Pool, seed: int, progress: Callable[[float], None
         ladder.append(groups)
         if granularity - wanted > np.abs(np.array(granularities) - wanted).min():
             break  # there is the next finer one, too
-    chosen = np.abs(np.array(granularities) - wanted).argmin()
-    return _choice(ladder, chosen, [chosen], granularities, "given granularity")
+    chosen = int(np.abs(np.array(granularities) - wanted).argmin())
+    counts = np.array([counted(groups, pool) for groups in ladder])
+    whole = Ladder(granularities, ladder, counts, chosen, np.array([chosen]))
+    return whole.taken(chosen, whole.span, "given granularity")
 
 
 def by_number(way: Method, pool: Pool, seed: int, number: int) -> Choice:
@@ -84,7 +152,7 @@ def by_number(way: Method, pool: Pool, seed: int, number: int) -> Choice:
         merge(pool.graph, alone(way.of_number(pool, min(number, len(pool.nodes)), other)), number)
         for other in (seed, seed + way.n_rungs)
     )
-    return Choice(groups, [again], [groups], float(number), "given n_classes")
+    return Choice(groups, [again], (number, number), float(number), "given n_classes")
 
 
 def _rungs(way: Method, pool: Pool, seed: int, progress: Callable[[float], None]) -> Iterator[tuple[float, np.ndarray]]:
@@ -92,15 +160,6 @@ def _rungs(way: Method, pool: Pool, seed: int, progress: Callable[[float], None]
     for rung, (granularity, groups) in enumerate(rungs):
         progress(rung / way.n_rungs)
         yield granularity, groups
-
-
-def _choice(
-    ladder: list[np.ndarray], chosen: int, plausible: Sequence[int], granularities: list[float], source: str
-) -> Choice:
-    beside = [ladder[i] for i in (chosen - 1, chosen + 1) if 0 <= i < len(ladder)]
-    return Choice(
-        ladder[chosen], beside or [ladder[chosen]], [ladder[i] for i in plausible], granularities[chosen], source
-    )
 
 
 def alone(groups: np.ndarray) -> np.ndarray:

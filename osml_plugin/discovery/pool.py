@@ -49,6 +49,14 @@ class Pool:
         used, of_item = np.unique(self.of_item, return_inverse=True)
         return Pool(self.nodes[used], of_item, self.of_known[:0], self.classes[:0], self.links)
 
+    def thinned(self, share: float, seed: int) -> Pool:
+        """A share of the unknown items, drawn at random, one at least, beside all known ones."""
+        drawn = np.random.default_rng(seed).random(len(self.nodes))[self.of_item]
+        kept = self.of_item[drawn <= max(share, drawn.min())]
+        used, node = np.unique(np.concatenate([kept, self.of_known]), return_inverse=True)
+        links = Constraints.of(None, None, len(kept))
+        return Pool(self.nodes[used], node[: len(kept)], node[len(kept) :], self.classes, links)
+
     @cached_property
     def graph(self) -> csr_matrix:
         """`(M, M)` weights of links to nearest neighbours; made once, for every method and every granularity."""

@@ -9,8 +9,9 @@ from sklearn.covariance import ledoit_wolf_shrinkage, shrunk_covariance
 from .graph import BLOCK
 
 SHRINKAGE = 0.1
-"""How much of the covariance is replaced by a multiple of the identity of the same trace: 0.01 to 0.1 do about as well.
-Without it, directions in which a few known items happen not to differ would count for all."""
+"""The least of the covariance that is replaced by a multiple of the identity of the same trace; more where the known
+items are few (Ledoit & Wolf 2004). Without it, directions in which a few items happen not to differ would count for
+all."""
 NO_SPREAD = 1e-10
 """Mean variance of a unit vector's coordinates within classes below which the known items are but copies."""
 
