@@ -24,7 +24,9 @@ bench: $(STAMP)  ## speed and quality against peers, as ratios; minutes
 	$(BIN)/python benchmarks/detectors.py
 	$(BIN)/python benchmarks/openmax.py
 	$(BIN)/python benchmarks/jacobian.py
-	$(BIN)/python benchmarks/discovery.py
+	$(BIN)/python benchmarks/discovery/quality.py
+	$(BIN)/python benchmarks/discovery/scale.py
+	$(BIN)/python benchmarks/discovery/enrolment.py
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/gallery.py
 	$(BIN)/python benchmarks/serving.py

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +11,9 @@ from typing import Annotated
 import typer
 
 from osml_plugin.cli import AsJson, Model, SkipBad, Trust, figure, print_json
+from osml_plugin.discovery.identity import Identities
 from osml_plugin.errors import OsmlError
+from osml_plugin.registry import refusing
 
 app = typer.Typer()
 
@@ -34,6 +38,16 @@ def discover(
     method: Annotated[str, typer.Option(help="How to group; a wrong name lists the methods.")] = "auto",
     granularity: Annotated[
         float | None, typer.Option(help="How fine, in the method's terms: near the one that was chosen before.")
+    ] = None,
+    must_link: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="CSV of two files a line: pairs that are of one class.")
+    ] = None,
+    cannot_link: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="CSV of two files a line: pairs of different classes.")
+    ] = None,
+    previous: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT", help="The OUT of an earlier run: groups that continue one keep its number."),
     ] = None,
     everything: Annotated[
         bool, typer.Option("--all", help="Group all items, not only those that are rejected.")
@@ -61,6 +75,9 @@ def discover(
         n_classes=n_classes,
         method=method,
         granularity=granularity,
+        must_link=_pairs(must_link),
+        cannot_link=_pairs(cannot_link),
+        previous=_identities(previous),
         everything=everything,
         seed=seed,
         skip_bad=skip_bad,
@@ -88,7 +105,36 @@ def discover(
     for group, exemplars in zip(summary["groups"], result.groups.exemplars, strict=True):
         shown = "  ".join(result.short_names[i] for i in exemplars[:SHOWN])
         print(f"{group['group']:>5} {group['size']:>7} {group['confidence']:>10.2f}  {shown}")
+    for change in summary["changes"]:
+        print(f"since the last run: {change}")
     for name, value in (summary["metrics"] or {}).items():
         print(f"{name:18} {figure(value)}")
     if out is not None:
         print(f"{'page':18} {out / PAGE}")
+
+
+def _pairs(file: Path | None) -> list[list[str]]:
+    """The pairs in a CSV file of two columns, without a header."""
+    if file is None:
+        return []
+    with (
+        refusing(f"cannot read the links in '{file}'", "give a CSV of two files a line"),
+        open(file, newline="", encoding="utf-8") as lines,
+    ):
+        rows = [row for row in csv.reader(lines) if row]
+    for number, row in enumerate(rows, 1):
+        if len(row) != 2:
+            raise OsmlError(
+                f"line {number} of '{file}' has {len(row)} fields: expected two files, with a comma between"
+            )
+    return [[field.strip() for field in row] for row in rows]
+
+
+def _identities(out: Path | None) -> Identities | None:
+    """What the run that wrote a folder left to the next."""
+    if out is None:
+        return None
+    from .report.discovery import RECORD
+
+    with refusing(f"'{out}' holds no earlier discovery", "name the --out of an earlier run"):
+        return Identities.from_dict(json.loads((out / RECORD).read_text(encoding="utf-8"))["identities"])

@@ -6,7 +6,7 @@ The one that makes the bundle, `train`, is in `pipeline.py`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +20,7 @@ from . import UNKNOWN, detectors
 from .bundle import bundle_lock, load_bundle, save_bundle
 from .checkpoints import Checkpoint, find_checkpoints
 from .data import Items, Split, open_items, readable_items, test_indices, write_embeddings
-from .discovery import Discovery
+from .discovery import Discovery, Identities, Update, identify
 from .discovery.methods import create
 from .embedding import default_device, embed_dataset
 from .errors import OsmlError
@@ -111,7 +111,16 @@ class DiscoverResult:
     """As it was asked for."""
     n_recognised: int
     """Items of the source that were not grouped, because they were recognised as known."""
+    update: Update
+    """The groups' ids, which last from run to run, and what became of earlier ones."""
+    follows: bool
+    """Whether there was an earlier run."""
     metrics: DiscoveryMetrics | None
+
+    @property
+    def ids(self) -> list[int]:
+        """The id of each group; without an earlier run its number."""
+        return self.update.ids.tolist()
 
     def members(self, group: int) -> np.ndarray:
         """The places, among the N, of a group's items; of −1 those of the items left out."""
@@ -124,21 +133,19 @@ class DiscoverResult:
     @cached_property
     def short_names(self) -> list[str]:
         """Each item's file, as seen from the source, or else its place in the source."""
-        if self.items.paths is None:
-            return [str(i) for i in self.indices]
-        return [str(p.relative_to(self.source) if p.is_relative_to(self.source) else p) for p in self.items.paths]
+        return _short(self.source, self.items, self.indices)
 
     def to_dict(self) -> dict[str, Any]:
         """The object that `osml discover --json` prints. An item is its file, or its place in the source."""
         found = self.groups
-        names = [str(i) for i in (self.indices if self.items.paths is None else self.items.paths)]
+        names = _keys(self.items, self.indices)
         groups = []
         for group, exemplars in enumerate(found.exemplars):
             members = self.members(group)
             nearest, n_nearest = self.nearest_known(members)[0]
             groups.append(
                 {
-                    "group": group,
+                    "group": self.ids[group],
                     "size": len(members),
                     "confidence": float(found.group_confidence[group]),
                     "nearest_known": nearest,
@@ -161,6 +168,7 @@ class DiscoverResult:
             "left_out": [names[i] for i in left_out],
             "left_out_known_class": [None if c is None else str(c) for c in found.known_class[left_out]],
             "note": found.note,
+            "changes": self.update.sentences() if self.follows else [],
             "metrics": self.metrics.to_dict() if self.metrics else None,
         }
 
@@ -172,6 +180,9 @@ def discover(
     n_classes: int | None = None,
     method: str = "auto",
     granularity: float | None = None,
+    must_link: Sequence[Sequence[str]] = (),
+    cannot_link: Sequence[Sequence[str]] = (),
+    previous: Identities | None = None,
     everything: bool = False,
     seed: int = 0,
     skip_bad: bool = False,
@@ -180,7 +191,11 @@ def discover(
 ) -> DiscoverResult:
     """Group the items of `data` that the recognizer rejects (or, with `everything`, all of them) into new classes.
 
-    `n_classes`, `method`, `granularity` and `seed` are those of `osml_plugin.discovery.discover`.
+    `n_classes`, `method`, `granularity` and `seed` are those of `osml_plugin.discovery.discover`. So are the links, but
+    for their pairs being of files, as the source names them or below it; or of places in a source without files.
+
+    Args:
+        previous: What an earlier run left (`DiscoverResult.update.identities`): groups that continue one keep its id.
     """
     if method != "auto":
         create(method)  # a wrong name is to be told before the work
@@ -190,9 +205,12 @@ def discover(
     kept = np.arange(len(items)) if everything else np.flatnonzero(answer.labels == UNKNOWN)
     if not len(kept):
         raise OsmlError(f"all {len(items)} items of '{data}' are recognised as known: nothing is left to group")
-    how = {"n_classes": n_classes, "method": method, "granularity": granularity, "seed": seed}
-    groups = recognizer.group(embeddings[kept], **how)
     chosen = items.select(kept)
+    keys = _keys(chosen, kept)
+    places = {name: i for i, name in enumerate(_short(Path(data), chosen, kept))} | {k: i for i, k in enumerate(keys)}
+    how = {"n_classes": n_classes, "method": method, "granularity": granularity, "seed": seed}
+    links = {"must_link": _placed(must_link, places), "cannot_link": _placed(cannot_link, places)}
+    groups = recognizer.group(embeddings[kept], **how, **links)
     return DiscoverResult(
         source=Path(data),
         items=chosen,
@@ -203,8 +221,36 @@ def discover(
         groups=groups,
         method=method,
         n_recognised=len(items) - len(kept),
+        update=identify(previous or Identities(), keys, groups.labels),
+        follows=previous is not None,
         metrics=discovery_metrics(chosen.labels, groups.labels) if chosen.labels is not None else None,
     )
+
+
+def _keys(items: Items, indices: np.ndarray) -> list[str]:
+    """Each item's file, or else its place in the source; a file that is there twice has its place with it."""
+    names = [str(i) for i in (indices if items.paths is None else items.paths)]
+    times = Counter(names)
+    return [name if times[name] == 1 else f"{name}#{i}" for name, i in zip(names, indices, strict=True)]
+
+
+def _short(source: Path, items: Items, indices: np.ndarray) -> list[str]:
+    if items.paths is None:
+        return [str(i) for i in indices]
+    folder = source if source.is_dir() else source.parent
+    return [str(p.relative_to(folder) if p.is_relative_to(folder) else p) for p in items.paths]
+
+
+def _placed(pairs: Sequence[Sequence[str]], places: Mapping[str, int]) -> list[list[int]]:
+    """Pairs of items by name as pairs of places."""
+    n_items = len(set(places.values()))
+    for name in (name for pair in pairs for name in pair):
+        if name not in places:
+            raise OsmlError(
+                f"'{name}' of the links is none of the {n_items} items that are grouped: name a file as --json lists "
+                "it, or pass --all if it was recognised as known"
+            )
+    return [[places[a], places[b]] for a, b in pairs]
 
 
 def enroll(

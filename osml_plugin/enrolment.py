@@ -12,7 +12,7 @@ from torch import Tensor
 from .detectors import Detector
 from .discovery import Discovery
 from .errors import OsmlError
-from .gallery import Gallery, _check_name
+from .gallery import Gallery, check_name
 from .registry import checked_number
 
 REHEARSALS = 6
@@ -57,7 +57,7 @@ def examples_of_groups(
         if group not in range(discovery.n_classes) or isinstance(group, bool):
             there = f"groups are numbered 0 to {discovery.n_classes - 1}" if discovery.n_classes else "there are none"
             raise OsmlError(f"no group {group!r} in this discovery: {there}")
-        _check_name(name)
+        check_name(name)
     least = 0.0 if min_confidence is None else checked_number("min_confidence", min_confidence)
     sure = np.asarray(discovery.confidence) >= least
     parts: dict[str, list[Tensor]] = {}

@@ -70,7 +70,7 @@ class Gallery:
             return self
         grown, labels = self, [self.labels]
         for name, embeddings in examples.items():
-            _check_name(name)
+            check_name(name)
             label = {n: i for i, n in grown.classes.items()}.get(name)
             label = grown._new_id(name) if label is None else label
             labels.append(self.labels.new_full((len(embeddings),), label))
@@ -137,7 +137,7 @@ class Gallery:
         return fold
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
     if not isinstance(name, str):
         raise OsmlError(f"the name of a class is text; got {name!r}: write '{name}'")
     if not name or name != name.strip() or not name.isprintable():

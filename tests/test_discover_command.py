@@ -99,7 +99,7 @@ def test_each_file_lies_once_in_the_folder_of_its_group(osml, bundle, inbox, tmp
     status, printed, _ = osml("discover", bundle, inbox, "--n-classes", 3, "--out", out, "--json", *how)
     answer, record = json.loads(printed), json.loads((out / "discovery.json").read_text())
     assert status == 0 and answer == {
-        k: v for k, v in record.items() if k not in ("format", "version", "tree", "files")
+        k: v for k, v in record.items() if k not in ("format", "version", "tree", "files", "identities")
     }
     assert sorted(path.name for path in out.iterdir()) == ["discovery.json", "groups", "index.html"]
     assert sorted(path.name for path in (out / "groups").iterdir()) == ["00", "01", "02"]
@@ -433,12 +433,14 @@ def text_of(figure) -> list[str]:
 def test_the_tree_shows_every_group_once(bundle, inbox, monkeypatch):
     result = commands.discover(bundle, inbox, n_classes=6, progress=False)
     sizes = np.bincount(result.groups.labels)
-    assert sorted(text_of(pictures.group_tree(result.groups.tree))) == [
+    assert sorted(text_of(pictures.group_tree(result.groups.tree, result.ids))) == [
         f"{g}: {n:,} items" for g, n in enumerate(sizes)
     ]
-    assert pictures.group_tree(commands.discover(bundle, inbox, n_classes=1, progress=False).groups.tree) is None
+    assert pictures.group_tree(commands.discover(bundle, inbox, n_classes=1, progress=False).groups.tree, [0]) is None
     monkeypatch.setattr(pictures, "TREE_BRANCHES", 3)
-    folded = [text.removesuffix(" items").split(": ") for text in text_of(pictures.group_tree(result.groups.tree))]
+    folded = [
+        text.removesuffix(" items").split(": ") for text in text_of(pictures.group_tree(result.groups.tree, result.ids))
+    ]
     assert len(folded) == 3
     listed = [group for names, _ in folded if "groups" not in names for group in names.split(", ")]
     n_hidden = sum(int(names.split()[0]) for names, _ in folded if "groups" in names)
@@ -453,3 +455,60 @@ def test_write_discovery_checks_again(bundle, inbox, tmp_path):
     with pytest.raises(OsmlError, match="is not empty"):
         report.write_discovery(tmp_path / "found", result)
     assert files_of(tmp_path / "found") == {"mine.txt": b"came meanwhile"}
+
+
+# --- what a person said, and the run before ------------------------------------------------------------------
+
+
+def test_groups_keep_their_number_from_run_to_run(osml, bundle, spheres, tmp_path):
+    embeddings, labels = spheres
+    (tmp_path / "inbox").mkdir()
+    file = tmp_path / "inbox" / "inbox.npz"
+
+    def write(classes: dict[int, int]) -> None:
+        """So many items of each class."""
+        chosen = [i for c, n in classes.items() for i in np.flatnonzero(labels == c)[:n]]
+        paths = photographs(tmp_path / "inbox", labels[chosen].tolist())
+        write_embeddings(file, embeddings[chosen], None, paths)
+
+    def class_of(answer: dict) -> dict[int, set[str]]:
+        return {group["group"]: {Path(m).parent.name for m in group["members"]} for group in answer["groups"]}
+
+    write({3: 20, 4: 24})
+    first, second = tmp_path / "first", tmp_path / "second"
+    before = json.loads(osml("discover", bundle, file, "--n-classes", 2, "--out", first, "--json")[1])
+    assert class_of(before) == {0: {"4"}, 1: {"3"}} and before["changes"] == []
+    write({3: 30, 4: 20, 5: 40})  # the order by size is another
+    run = ["discover", bundle, file, "--n-classes", 3, "--previous", first, "--out", second]
+    after = json.loads(osml(*run, "--json")[1])
+    assert class_of(after) == {0: {"4"}, 1: {"3"}, 2: {"5"}} and after["changes"] == ["2 is new"]
+    assert sorted(path.name for path in (second / "groups").iterdir()) == ["00", "01", "02"]
+    assert {path.resolve().parent.name for path in (second / "groups/01").iterdir()} == {"3"}
+    printed = osml(*run, "--overwrite")[1]
+    assert "since the last run: 2 is new" in printed
+
+
+def test_links_between_files(osml, bundle, inbox, tmp_path):
+    """Two classes are joined, one is cut, by naming files."""
+    (tmp_path / "must.csv").write_text("3/0.png,4/0.png\n")
+    (tmp_path / "cannot.csv").write_text(f"5/0.png, {inbox.parent / '5' / '1.png'}\n\n")
+    run = ["discover", bundle, inbox, "--json", "--must-link", tmp_path / "must.csv"]
+    answer = json.loads(osml(*run, "--cannot-link", tmp_path / "cannot.csv")[1])
+    group_of = {str(Path(m).relative_to(inbox.parent)): g["group"] for g in answer["groups"] for m in g["members"]}
+    assert group_of["3/0.png"] == group_of["4/0.png"]
+    assert group_of["5/0.png"] != group_of["5/1.png"]
+
+
+def test_bad_links_and_runs_are_refused_in_one_line(osml, bundle, inbox, tmp_path):
+    run = ["discover", bundle, inbox]
+    links = tmp_path / "links.csv"
+    fails(osml(*run, "--must-link", links), "cannot read the links")
+    links.write_text("3/0.png\n")
+    fails(osml(*run, "--must-link", links), "line 1", "1 fields")
+    links.write_text("3/0.png,nobody.png\n")
+    fails(osml(*run, "--cannot-link", links), "'nobody.png'", "60 items")
+    links.write_text("3/0.png,3/0.png\n")
+    fails(osml(*run, "--cannot-link", links), "with itself")
+    fails(osml(*run, "--previous", tmp_path), "no earlier discovery")
+    (tmp_path / "discovery.json").write_text("{}")
+    fails(osml(*run, "--previous", tmp_path), "no earlier discovery")

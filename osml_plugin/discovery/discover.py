@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from scipy.sparse import csr_matrix
 
 from ..errors import OsmlError
 from ..metrics.checks import check_vector
-from ..registry import checked_number
+from ..registry import checked_number, refusing
 from .constraints import Constraints, enforce
 from .granularity import alone, by_evidence, by_hand, by_number, persistence, split
 from .graph import own_share
@@ -30,6 +31,7 @@ AMONG = 0.5
 FAINT = 1e-9
 """What an item of its group counts for against a link of its own, when an item's known class is told."""
 N_EXEMPLARS = 9
+HIGHEST_SEED = 2**31
 LEFT_OUT = -1
 ALL_KNOWN = "all items lie among known classes"
 ALL_NOISE = "the method takes all items for noise"
@@ -46,17 +48,19 @@ class Discovery:
     """0: nothing is proposed; `note` says why."""
     confidence: np.ndarray
     """`(N,)` float64 in [0, 1]: the share of the item's links to its nearest neighbours, weighted by how many
-    neighbours both share, that stay in its group; for an item left out, in the group of known items where it lies."""
+    neighbours both share, that stay in its group; for an item left out, in the group of known items where it lies. Of
+    noise it is 0."""
     exemplars: tuple[np.ndarray, ...]
     """For each class the indices of up to 9 different items, those nearest to the mean of its different items first."""
     n_classes_interval: tuple[int, int]
     """The fewest and the most classes among the groupings that fit the known classes up to two standard errors of the
-    best, and the chosen one; without known classes among all stable ones. Links may leave more or fewer."""
+    best, and the chosen one; without known classes among all stable ones."""
     granularity: float
     """Of the grouping, in the method's terms, higher being finer: of communities the resolution of modularity, on the
     graph of these items."""
     granularity_source: str
-    """'known classes', 'given n_classes', 'given granularity', or 'default' (the finest stable grouping)."""
+    """'known classes', 'given n_classes', 'given granularity', or 'default': the finest stable grouping, where there
+    are not two known classes, or all are of one item."""
     group_confidence: np.ndarray
     """`(n_classes,)` float64 in [0, 1]: how much of the class stays together in the next coarser and the next finer
     grouping (mean best Jaccard index); with `n_classes`, in the grouping from another seed."""
@@ -120,19 +124,23 @@ def discover(
             that the method has is taken. They still say what lies among them.
         must_link: `(P, 2)` pairs of indices of items that are of one class, as somebody said. They come out together.
         cannot_link: `(Q, 2)` those of different classes. They never come out together.
-        seed: Of the method; the same seed gives the same groups, in whatever order the items come (the
+        seed: Of the method, 0 … 2³¹; the same seed gives the same groups, in whatever order the items come (the
             search above 10,000 items is approximate).
         progress: Told how far it is, from 0 to 1; what it raises ends the work.
 
     Raises:
         OsmlError: Empty or non-finite embeddings, a wrong shape, known embeddings without labels or of another
-            width, `n_classes` outside 1 … N, a granularity that is no number, both of these, links
-            that contradict each other, or links together with `n_classes`.
+            width, labels that are neither integers nor strings, `n_classes` outside 1 … N, a granularity that is no
+            number, both of these, links that contradict each other, links together with `n_classes`, or a seed that is
+            none.
     """
     items = _unit_rows(embeddings, "embeddings")
     known, names, classes, in_gallery = _known(known_embeddings, known_labels, in_gallery, items.shape[1])
     links = Constraints.of(must_link, cannot_link, len(items))
     _check_wishes(n_classes, granularity, links, len(items))
+    if not isinstance(seed, Integral) or not 0 <= seed <= HIGHEST_SEED:
+        raise OsmlError(f"seed must be a whole number from 0 to {HIGHEST_SEED}; got {seed!r}")
+    seed = int(seed)
     pool = Pool.of(items, known, classes, links)
     if n_classes is not None:
         pool, in_gallery = pool.without_known(), in_gallery[:0]  # nothing is left for them to decide
@@ -144,7 +152,7 @@ def discover(
         return int(new_groups(groups, pool, in_gallery).max()) + 1
 
     if n_classes is not None:
-        choice = by_number(way, pool, seed, n_classes)
+        choice = by_number(way, pool, seed, progress, int(n_classes))
     elif granularity is not None:
         choice = by_hand(way, pool, seed, progress, counted, checked_number("granularity", granularity))
     else:
@@ -153,20 +161,25 @@ def discover(
     groups = choice.groups.copy()
     if n_classes is not None:
         labels = split(items, groups[pool.of_item], n_classes)
-        groups[pool.of_item] = labels
+        groups[pool.of_item] = moved = labels  # copies of an item may be in several
     else:
-        labels = enforce(pool.graph, pool.of_item, new_groups(groups, pool, in_gallery), links)
+        new = new_groups(groups, pool, in_gallery)
+        labels = enforce(pool.graph, pool.of_item, new, links)
+        moved = _moved(alone(groups)[pool.of_item], new, labels)
         if among_known(pool, in_gallery) >= AMONG:
             labels[:] = LEFT_OUT
         labels = np.unique(np.append(LEFT_OUT, labels), return_inverse=True)[1][1:] - 1  # a group may be gone
     by_size = np.argsort(-np.bincount(labels[labels >= 0]), kind="stable")
     labels = np.append(np.argsort(by_size), LEFT_OUT)[labels]  # -1 finds the last
+    of_group = np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels + 1)))[1:-1]
+    low, high = (min(choice.counts[0], len(by_size)), max(choice.counts[1], len(by_size)))  # links may change it
+    progress(1.0)
     return Discovery(
         labels=labels,
         n_classes=len(by_size),
-        confidence=own_share(pool.graph, groups)[pool.of_item],
-        exemplars=tuple(_exemplars(items, pool.of_item, np.flatnonzero(labels == g)) for g in range(len(by_size))),
-        n_classes_interval=choice.counts if len(by_size) else (0, 0),
+        confidence=_confidence(pool, alone(groups), moved),
+        exemplars=tuple(_exemplars(items, pool.of_item, members) for members in of_group),
+        n_classes_interval=(low, high) if len(by_size) else (0, 0),
         granularity=choice.granularity,
         granularity_source=choice.source,
         group_confidence=persistence(labels, [other[pool.of_item] for other in choice.neighbours]),
@@ -203,8 +216,7 @@ def among_known(pool: Pool, in_gallery: np.ndarray) -> float:
     """
     unknown, gallery = np.zeros((2, len(pool.nodes)), dtype=bool)
     unknown[pool.of_item] = True
-    gallery[pool.of_known[in_gallery]] = True
-    gallery &= ~unknown
+    gallery[pool.of_known[in_gallery]] = True  # and unknown, too, where one is a copy of the other
     if not gallery.any():
         return 0.0
     links = pool.graph[np.flatnonzero(unknown)]
@@ -213,6 +225,26 @@ def among_known(pool: Pool, in_gallery: np.ndarray) -> float:
     share = np.divide(to_gallery, both, out=np.zeros_like(both), where=both > 0)
     chance = gallery.sum() / (gallery.sum() + unknown.sum() - 1)
     return float(np.median(share)) / chance
+
+
+def _moved(groups: np.ndarray, new: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The group `(N,)` of each item, in the numbers of `groups` `(N,)`, after links moved some from the new groups to
+    `labels`; what links founded counts down from −2."""
+    number = -2 - np.arange(max(new.max(), labels.max()) + 2)
+    number[new] = groups  # that of −1 is not asked for: nothing is moved there
+    return np.where(labels != new, number[labels], groups)
+
+
+def _confidence(pool: Pool, groups: np.ndarray, moved: np.ndarray) -> np.ndarray:
+    """The share `(N,)` of each item's links that stays in its group, given the group of each node and of each item."""
+    if (moved == groups[pool.of_item]).all():
+        return own_share(pool.graph, groups)[pool.of_item]
+    # A node for each group that copies of one item are in.
+    n_nodes = len(pool.nodes)
+    nodes, of_all = np.append(pool.of_item, pool.of_known), np.append(moved, groups[pool.of_known])
+    key, unit = np.unique(of_all * n_nodes + nodes, return_inverse=True)
+    node = key % n_nodes
+    return own_share(pool.graph[node][:, node], key // n_nodes)[unit[: len(moved)]]
 
 
 def _share(counts: np.ndarray) -> np.ndarray:
@@ -247,8 +279,11 @@ def _check_wishes(n_classes: int | None, granularity: float | None, links: Const
         raise OsmlError("n_classes and granularity both say how fine to group: give one of them")
     if n_classes is not None and len(links.must_link) + len(links.cannot_link):
         raise OsmlError("links may not leave so many classes as n_classes says: give one of them")
-    if n_classes is not None and not 1 <= n_classes <= n_items:
-        raise OsmlError(f"n_classes is {n_classes}, but must be from 1 to the {n_items} items: give another, or none")
+    whole = isinstance(n_classes, Integral) and not isinstance(n_classes, bool)
+    if n_classes is not None and not (whole and 1 <= n_classes <= n_items):
+        raise OsmlError(
+            f"n_classes is {n_classes!r}, but must be whole, from 1 to the {n_items} items: give another, or none"
+        )
 
 
 def _known(
@@ -273,7 +308,10 @@ def _known(
     labels = check_vector(labels, "known_labels")
     if len(labels) != len(known):
         raise OsmlError(f"{len(known)} known_embeddings need as many known_labels, but there are {len(labels)}")
-    names, classes = np.unique(labels, return_inverse=True)
+    with refusing("known_labels cannot be told apart", "give integers, or strings"):
+        names, classes = np.unique(labels, return_inverse=True)
+    if any(name != name for name in names.tolist()):
+        raise OsmlError("known_labels has NaN: give each of known_embeddings its class, an integer or a string")
     in_gallery = np.ones(len(known), dtype=bool) if in_gallery is None else np.asarray(in_gallery)
     if in_gallery.shape != classes.shape or in_gallery.dtype != np.bool_:
         raise OsmlError(f"in_gallery must be {len(known)} bools, one for each of known_embeddings")

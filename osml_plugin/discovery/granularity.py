@@ -19,14 +19,14 @@ from .pool import Pool
 
 STABLE = 0.9
 """Without known classes: the finest grouping that is this stable (adjusted Rand index, see `stability`)."""
-
-
 MATCHED = 0.5
-"""Unknown groups have about as many items as known classes if these have at least this share of theirs."""
+"""Groups and classes are of about one size if these have at least this share of the items of those."""
 STEPS = 3
 """How often the number of groups, and so their size, is corrected."""
 DRAWS, DRAWN = 5, 30_000
 """How many thinned pools are grouped for a number, and the most items of all of them together; but one at least."""
+WHOLE = 0.5
+"""The share of the work, as it is told, that the whole pool is where thinned ones may follow."""
 
 Counted = Callable[[np.ndarray, Pool], int]
 """How many new classes there are among the groups of the nodes of a pool."""
@@ -57,6 +57,8 @@ class Ladder:
     chosen: int
     plausible: np.ndarray
     """Rungs that could as well be right, the chosen one among them."""
+    behind: np.ndarray
+    """`(R,)` by how many standard errors each groups the known classes worse than the best one does; 0 without them."""
 
     def taken(self, chosen: int, counts: tuple[int, int], source: str) -> Choice:
         beside = [self.groups[i] for i in (chosen - 1, chosen + 1) if 0 <= i < len(self.groups)]
@@ -72,25 +74,32 @@ class Ladder:
 def by_evidence(way: Method, pool: Pool, seed: int, progress: Callable[[float], None], counted: Counted) -> Choice:
     """The rung that the known classes speak for (see `climbed`), at equal sizes.
 
-    A large class falls apart at a coarser rung than a small one. So where unknown groups have more items than known
-    classes have on average, the unknown items are thinned, at random, until groups are of the size of the classes; how
-    many there are is asked of several such pools, and of the whole pool the rung is taken that comes nearest to that.
-    Since their size depends on their number, this is done again with the new number.
+    A large class falls apart at a coarser rung than a small one. So where unknown groups have more than twice as many
+    items as known classes have on average, the unknown items are thinned, at random, until groups are of the size of
+    the classes; how many there are is asked of several such pools, and of the whole pool the rung is taken that comes
+    nearest to that; of several the one that groups the known classes best. Since the size of the groups depends on
+    their number, this is done again with the new number.
     """
-    ladder = climbed(way, pool, seed, progress, counted)
+    ladder = climbed(way, pool, seed, _part(progress, 0, WHOLE if telling(pool) else 1), counted)
     number, span = float(ladder.counts[ladder.chosen]), ladder.span
-    if not len(pool.classes):
+    if not telling(pool):
         return ladder.taken(ladder.chosen, span, "default")
-    size, chosen = np.bincount(pool.classes).mean(), ladder.chosen
-    for _ in range(STEPS):
+    size, chosen = len(np.unique(pool.of_known)) / len(np.unique(pool.classes)), ladder.chosen
+    for step in range(STEPS):
         share = size * max(number, 1) / len(np.unique(pool.of_item))
         if share > MATCHED:
             break
         draws = max(1, min(DRAWS, DRAWN // int(share * len(pool.of_item) + len(pool.of_known))))
-        thinned = [climbed(way, pool.thinned(share, seed + n), seed + n, progress, counted) for n in range(draws)]
+        ends = WHOLE + (1 - WHOLE) * (step + np.arange(draws + 1) / draws) / STEPS
+        thinned = [
+            climbed(way, pool.thinned(share, seed + n), seed + n, _part(progress, ends[n], ends[n + 1]), counted)
+            for n in range(draws)
+        ]
         before, number = number, float(np.mean([one.counts[one.chosen] for one in thinned]))
         low, high = np.mean([one.span for one in thinned], axis=0)
-        chosen = int(np.abs(ladder.counts - round(number)).argmin())
+        off = np.abs(ladder.counts - round(number))
+        away = np.abs(np.arange(len(off)) - ladder.chosen)
+        chosen = int(np.lexsort((away, ladder.behind, off))[0])
         count = int(ladder.counts[chosen])
         span = min(round(low), count), max(round(high), count)
         if abs(number - before) < 0.5:
@@ -103,7 +112,7 @@ def climbed(way: Method, pool: Pool, seed: int, progress: Callable[[float], None
     classes worse than the best one does. Those up to two errors are plausible. Where a grouping of those up to one is
     the same on the rungs beside it, there is nothing to weigh: it is taken, the finest of such.
 
-    Without known classes it is the finest stable rung, and all stable ones are plausible.
+    Where the known items do not tell, it is the finest stable rung, and all stable ones are plausible.
     """
     granularities, ladder, scores = [], [], []
     for granularity, groups in _rungs(way, pool, seed, progress):
@@ -111,7 +120,7 @@ def climbed(way: Method, pool: Pool, seed: int, progress: Callable[[float], None
             break  # a class of one item is none; that each is alone would be very stable
         granularities.append(granularity)
         ladder.append(groups)
-        if len(pool.classes):
+        if telling(pool):
             scores.append(bcubed(pool.classes, groups[pool.of_known]))
             if scores[-1].mean() < max(score.mean() for score in scores) / 2:
                 break  # far too fine by now
@@ -124,10 +133,11 @@ def climbed(way: Method, pool: Pool, seed: int, progress: Callable[[float], None
         chosen = int(repeated[-1]) if len(repeated) else chosen
         plausible = np.union1d(np.flatnonzero(z <= 2), chosen)
     else:
+        z = np.zeros(len(ladder))
         plausible = np.flatnonzero(steady >= min(STABLE, steady.max()))
         chosen = int(plausible[-1])
     counts = np.array([counted(groups, pool) for groups in ladder])
-    return Ladder(granularities, ladder, counts, chosen, plausible)
+    return Ladder(granularities, ladder, counts, chosen, plausible, z)
 
 
 def by_hand(
@@ -140,26 +150,41 @@ def by_hand(
         ladder.append(groups)
         if granularity - wanted > np.abs(np.array(granularities) - wanted).min():
             break  # there is the next finer one, too
+    wanted = np.clip(wanted, granularities[0], granularities[-1])  # far outside, all would be equally far off
     chosen = int(np.abs(np.array(granularities) - wanted).argmin())
     counts = np.array([counted(groups, pool) for groups in ladder])
-    whole = Ladder(granularities, ladder, counts, chosen, np.array([chosen]))
+    whole = Ladder(granularities, ladder, counts, chosen, np.array([chosen]), np.zeros(len(ladder)))
     return whole.taken(chosen, whole.span, "given granularity")
 
 
-def by_number(way: Method, pool: Pool, seed: int, number: int) -> Choice:
+def by_number(way: Method, pool: Pool, seed: int, progress: Callable[[float], None], number: int) -> Choice:
     """`number` groups, or as many as the method tells apart; no node is of none."""
-    groups, again = (
-        merge(pool.graph, alone(way.of_number(pool, min(number, len(pool.nodes)), other)), number)
-        for other in (seed, seed + way.n_rungs)
-    )
+    found = []
+    for other in (seed, seed + way.n_rungs):
+        progress(len(found) / 2)
+        groups = alone(way.of_number(pool, min(number, len(pool.nodes)), other))
+        found.append(merge(pool.graph, groups, number))
+    groups, again = found
     return Choice(groups, [again], (number, number), float(number), "given n_classes")
 
 
 def _rungs(way: Method, pool: Pool, seed: int, progress: Callable[[float], None]) -> Iterator[tuple[float, np.ndarray]]:
+    progress(0.0)
     rungs = tqdm(way.ladder(pool, seed), total=way.n_rungs, desc="discovery", delay=2, leave=False)
-    for rung, (granularity, groups) in enumerate(rungs):
+    for rung, (granularity, groups) in enumerate(rungs, start=1):
         progress(rung / way.n_rungs)
         yield granularity, groups
+
+
+def _part(progress: Callable[[float], None], start: float, end: float) -> Callable[[float], None]:
+    """What tells `progress` of a part of the work, from `start` to `end` of the whole."""
+    return lambda done: progress(float(start + (end - start) * done))
+
+
+def telling(pool: Pool) -> bool:
+    """Whether the known items say how fine classes are: of one class, or each of its own, any grouping that is coarse,
+    or fine, enough is perfect."""
+    return 1 < len(np.unique(pool.classes)) < len(np.unique(pool.of_known))
 
 
 def alone(groups: np.ndarray) -> np.ndarray:

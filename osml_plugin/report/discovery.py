@@ -60,8 +60,9 @@ def write_discovery(out: Path, result: DiscoverResult, *, copy: bool = False, ov
     """Write `discovery.json`, `groups/<group>/*`, `left_out/*` and `index.html` into the folder `out`: all or nothing.
 
     Files are linked, or copied with `copy`, under names of their own; a name that is taken in its group gets a number.
-    The record is `DiscoverResult.to_dict()`, `tree` (as `Tree.to_dict`), and `files`: the image of each file in the
-    folders. It tells which files of the folder are a discovery's: with `overwrite` nothing else is ever replaced.
+    The record is `DiscoverResult.to_dict()`, `tree` (as `Tree.to_dict`; its groups are numbered by size), `identities`
+    (what the next run goes on from), and `files`: the image of each file in the folders. It tells which files of the
+    folder are a discovery's: with `overwrite` nothing else is ever replaced.
 
     Returns:
         How many items have a file that is not there (those of an embeddings file may be elsewhere): these are in no
@@ -82,6 +83,7 @@ def write_discovery(out: Path, result: DiscoverResult, *, copy: bool = False, ov
             **result.to_dict(),
             "tree": result.groups.tree.to_dict(),
             "files": files,
+            "identities": result.update.identities.to_dict(),
         }
         text = json.dumps(record, ensure_ascii=False, indent=1, allow_nan=False)
         # A file name that is no UTF-8 reaches Python with lone surrogates; as escapes they are JSON, too.
@@ -109,14 +111,14 @@ def _place(result: DiscoverResult, folder: Path, copy: bool) -> dict[str, str]:
     """Give each file its place in the folder of its group; returns which file is where."""
     files: dict[str, str] = {}
     taken: dict[int, Counter[str]] = {}
-    digits = max(2, len(str(result.groups.n_classes - 1)))
+    digits = max(2, len(str(max(result.ids, default=0))))
     work = zip(result.items.paths or (), result.groups.labels.tolist(), strict=result.items.paths is not None)
     bar = tqdm(work, "copying" if copy else "linking", len(result.items), delay=2, unit=" files", leave=False)
     for path, group in bar:
         source = os.path.abspath(path)
         if not os.path.isfile(source):
             continue
-        inside = ASIDE if group == LEFT_OUT else f"{GROUPS}/{group:0{digits}}"
+        inside = ASIDE if group == LEFT_OUT else f"{GROUPS}/{result.ids[group]:0{digits}}"
         if group not in taken:
             (folder / inside).mkdir(parents=True)
         name = _free_name(os.path.basename(source), taken.setdefault(group, Counter()))
@@ -189,7 +191,12 @@ def _glance(page: Page, result: DiscoverResult) -> None:
     cards = []
     for group, exemplars in enumerate(tqdm(found.exemplars[:GLANCE], "thumbnails", delay=2, leave=False)):
         size, confidence = _size_and_confidence(result, group)
-        cards.append((result.items.paths[exemplars[0]], f"Group {group}\n{size:,} items\nconfidence {confidence:.2f}"))
+        cards.append(
+            (
+                result.items.paths[exemplars[0]],
+                f"Group {result.ids[group]}\n{size:,} items\nconfidence {confidence:.2f}",
+            )
+        )
     note = "Of each group its most typical item, how many items it has, and how steady it is."
     if found.n_classes > GLANCE:
         note += f" The {GLANCE} largest of {found.n_classes} groups."
@@ -197,7 +204,8 @@ def _glance(page: Page, result: DiscoverResult) -> None:
 
 
 def _map(page: Page, result: DiscoverResult) -> None:
-    figure = pictures.group_map(result.embeddings.numpy(), result.groups.labels, result.references.numpy())
+    numbers = np.append(result.update.ids, LEFT_OUT)[result.groups.labels]
+    figure = pictures.group_map(result.embeddings.numpy(), numbers, result.references.numpy())
     note = (
         "Near in the map is near in the embedding; distances between islands mean little. A dot is an item in the "
         "colour of its group, and a number stands at the middle of a group; colours repeat. Grey: known items of the "
@@ -209,7 +217,7 @@ def _map(page: Page, result: DiscoverResult) -> None:
 
 
 def _tree(page: Page, result: DiscoverResult) -> None:
-    figure = pictures.group_tree(result.groups.tree)
+    figure = pictures.group_tree(result.groups.tree, result.ids)
     if figure is not None:
         note = "Groups that meet far to the right are linked most: look there for two that are one class."
         page.add_figure("Tree of the groups", figure, note)
@@ -230,7 +238,7 @@ def _groups(page: Page, result: DiscoverResult) -> None:
     rows = []
     for group in range(shown, found.n_classes):
         typical = ", ".join(result.short_names[i] for i in found.exemplars[group][:NAMED])
-        rows.append((group, *_size_and_confidence(result, group), _nearest(result, group), typical))
+        rows.append((result.ids[group], *_size_and_confidence(result, group), _nearest(result, group), typical))
     note = (
         ""
         if shown
@@ -251,7 +259,7 @@ def _add_group(page: Page, result: DiscoverResult, group: int) -> None:
     size, confidence = _size_and_confidence(result, group)
     note = f"{size:,} items, {size / len(result.items):.0%} of all; confidence {confidence:.2f}. "
     note += f"Nearest known class: {_nearest(result, group)}."
-    page.add_images(f"Group {group}", rows, note)
+    page.add_images(f"Group {result.ids[group]}", rows, note)
 
 
 def _left_out(page: Page, result: DiscoverResult) -> None:

@@ -178,8 +178,9 @@ def group_map(embeddings: np.ndarray, labels: np.ndarray, known: np.ndarray, *, 
     return figure
 
 
-def group_tree(tree: Tree) -> Figure | None:
+def group_tree(tree: Tree, names: Sequence[int]) -> Figure | None:
     """How the groups that stand merge, from the right to the left, to fewer and at last to one; None for a single one.
+    `names` are the numbers that they are shown by.
 
     At most `TREE_BRANCHES` branches are opened, from the coarsest on; groups behind them are told as a number.
     """
@@ -204,8 +205,10 @@ def group_tree(tree: Tree) -> Figure | None:
         """The place of a branch; what is right of it is drawn."""
         if group in ends:
             y, groups = next(rows), behind[group]
-            axes.plot(right, y, "o", color=CLASSES[group % len(CLASSES)] if group in stand else FAINT, clip_on=False)
-            name = ", ".join(map(str, groups)) if len(groups) <= 4 else f"{len(groups)} groups"
+            axes.plot(
+                right, y, "o", color=CLASSES[names[group] % len(CLASSES)] if group in stand else FAINT, clip_on=False
+            )
+            name = ", ".join(str(names[g]) for g in groups) if len(groups) <= 4 else f"{len(groups)} groups"
             text = f"{name}: {tree.sizes[group]:,} items"
             axes.annotate(text, (right, y), (8, 0), textcoords="offset points", va="center", fontsize=9, color=INK)
             return right, y

@@ -42,7 +42,7 @@ class KMeans(Method, name="kmeans"):
             niter=ITERATIONS,
             early_stop_threshold=SETTLED,
             nredo=TRIES if number <= FEW else 1,
-            seed=seed,
+            seed=seed % 2**31,  # a C int
             init_method=faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS,
             min_points_per_centroid=1,
             max_points_per_centroid=A_GROUP,
