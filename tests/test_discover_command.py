@@ -13,11 +13,13 @@ from conftest import sphere_classes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from scipy.sparse import csr_matrix
 from test_report import Parsed
 
 from osml_plugin import OpenSetRecognizer, OsmlError, commands
 from osml_plugin.data import write_embeddings
 from osml_plugin.discovery.methods import names as method_names
+from osml_plugin.discovery.tree import Tree
 from osml_plugin.report import discovery as report
 from osml_plugin.report import pictures
 
@@ -512,3 +514,11 @@ def test_bad_links_and_runs_are_refused_in_one_line(osml, bundle, inbox, tmp_pat
     fails(osml(*run, "--previous", tmp_path), "no earlier discovery")
     (tmp_path / "discovery.json").write_text("{}")
     fails(osml(*run, "--previous", tmp_path), "no earlier discovery")
+
+
+def test_a_tree_of_groups_without_links_has_a_width():
+    together = np.kron(np.eye(3), np.ones((3, 3)) - np.eye(3))
+    tree = Tree.of(csr_matrix(together), np.eye(9, dtype=np.float32), np.arange(9), np.arange(9) // 3)
+    assert (tree.heights[tree.parent[[0, 1, 2]]] == 1).all()
+    coarse, fine = pictures.group_tree(tree, [4, 5, 6]).axes[0].get_xlim()
+    assert coarse > 1 > fine

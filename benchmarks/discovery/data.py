@@ -1,8 +1,8 @@
-"""Sets of embeddings with unknown classes in them: digits, clothes (Fashion-MNIST), and characters drawn from typefaces.
+"""Sets of embeddings with unknown classes in them: digits, clothes (Fashion-MNIST), and characters of typefaces.
 
 A draw cuts the classes of a set into known, pseudo-unknown and unknown ones, and trains a small network with ArcFace on
-55 % of the known items. What is left of them and the pseudo-unknown classes are the references; one in ten of the former
-is handed in among the unknown ones, as wrongly rejected.
+55 % of the known items (12,000 at most). What is left of them and the pseudo-unknown classes are the references; one in
+ten of the former is handed in among the unknown ones, as wrongly rejected.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Draw:
 
 
 def draw(name: str, number: int, cache_in: Path | None = None) -> Draw:
-    """Draw `number` of a set (`SETS`, or 'facts': the fixed cut of Fashion-MNIST; there 1 has a pseudo-unknown class)."""
+    """Draw `number` of a set: of `SETS`, or 'facts', the fixed cut of Fashion-MNIST (1: with a pseudo-unknown one)."""
     file = cache_in / f"{name}-{number}.npz" if cache_in else None
     if file and file.exists():
         with np.load(file) as parts:
@@ -109,7 +109,7 @@ def clothes() -> tuple[Tensor, np.ndarray, int]:
 
 @cache
 def characters(n_classes: int = 160, a_class: int = 60) -> tuple[Tensor, np.ndarray, int]:
-    """Letters and signs `(n_classes · a_class, 1, 28, 28)` in the typefaces that ship with matplotlib, bent a little."""
+    """Letters and signs `(n_classes · a_class, 1, 28, 28)` in typefaces that ship with matplotlib, bent a little."""
     import matplotlib
     from fontTools.ttLib import TTFont
 

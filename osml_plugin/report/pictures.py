@@ -198,7 +198,7 @@ def group_tree(tree: Tree, names: Sequence[int]) -> Figure | None:
         6.2, 0.9 + 0.24 * len(ends), "Tree of the groups, from coarse on the left to fine on the right"
     )
     lowest = min(tree.heights[group] for group in set(tree.parent[list(ends)].tolist()))
-    right = lowest - 0.05 * (1 - lowest)
+    right = lowest - 0.05 * max(1 - lowest, 0.1)  # where all are as far apart as can be, there is still a width
     rows = count()
 
     def draw(group: int) -> tuple[float, float]:
