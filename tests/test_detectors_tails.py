@@ -37,13 +37,15 @@ def items(n_classes=6, per_class=60, spread=0.2, seed=0, n_queries=80):
 
 
 def slow_weibull(x: np.ndarray) -> tuple[float, float]:
-    """The root of the likelihood equation as textbooks write it."""
+    """The root of the likelihood equation as textbooks write it; at most `MAX_SHAPE`, where values hardly differ."""
 
     def slope(log_shape):
         powers = (x / x.max()) ** np.exp(log_shape)
-        return (powers * np.log(x)).sum() / powers.sum() - np.exp(-log_shape) - np.log(x).mean()
+        return (powers * log_x).sum() / powers.sum() - np.exp(-log_shape) - log_x.mean()
 
-    shape = np.exp(brentq(slope, -7, 18, xtol=1e-14))
+    log_x = np.log(x / x.max())  # ln x of values that hardly differ keeps few digits of the difference
+    largest = np.log(MAX_SHAPE)
+    shape = np.exp(brentq(slope, -7, largest, xtol=1e-14)) if slope(largest) > 0 else MAX_SHAPE
     return shape, x.max() * ((x / x.max()) ** shape).mean() ** (1 / shape)
 
 
