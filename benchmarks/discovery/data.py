@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gzip
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -28,6 +28,8 @@ FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 FACTS = (0, 1, 3, 5, 7, 8)
 """The known classes of Fashion-MNIST whose figures are to be beaten (k-means told the number: ACC 0.63)."""
 SETS = ("digits", "clothes", "characters")
+SMALLEST = 1 / 8
+"""The share that is left of the smallest class in `uneven`."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,15 @@ def draw(name: str, number: int, cache_in: Path | None = None) -> Draw:
         file.parent.mkdir(parents=True, exist_ok=True)
         np.savez(file, **vars(result))
     return result
+
+
+def uneven(d: Draw, seed: int) -> Draw:
+    """The draw with unknown classes of uneven sizes: from all items of one to an eighth of another, in even ratios."""
+    rng = np.random.default_rng(seed)
+    classes = rng.permutation(np.unique(d.classes[~d.is_old]))
+    share = dict(zip(classes, np.geomspace(1, SMALLEST, len(classes)), strict=True))
+    kept = rng.random(len(d.items)) < np.where(d.is_old, 1, [share.get(c, 1) for c in d.classes])
+    return replace(d, items=d.items[kept], classes=d.classes[kept], is_old=d.is_old[kept])
 
 
 def digits() -> tuple[Tensor, np.ndarray, int]:
