@@ -167,6 +167,8 @@ class Client:
     ) -> s.DiscoveryOut:
         """Group the unknown pool. Returns when that is done, or at once without `wait`.
 
+        Groups that were found before keep their `id`, and what was merged or rejected stays so (docs/serving.md).
+
         While it waits it calls `progress` with the share that is done. A discovery that fails raises `OsmlError`.
         """
         body, pause = {"n_classes": n_classes, "seed": seed}, 0.05
@@ -194,10 +196,12 @@ class Client:
         return self._ask(s.Changed, "POST", *path, json={"name": name}, **write)
 
     def merge_groups(self, discovery: str, group: int, into: int, **write: Unpack[Write]) -> s.DiscoveryOut:
+        """Make a group part of another one; their items come out together in later discoveries, too."""
         path = ("discoveries", discovery, "groups", group, "merge")
         return self._ask(s.DiscoveryOut, "POST", *path, json={"into": into}, **write)
 
     def reject(self, discovery: str, group: int, **write: Unpack[Write]) -> s.DiscoveryOut:
+        """Say that a group is no class: later discoveries that find it again reject it, too."""
         return self._ask(s.DiscoveryOut, "POST", "discoveries", discovery, "groups", group, "reject", **write)
 
     def model(self) -> s.ModelOut:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from osml_plugin import OpenSetRecognizer
+from osml_plugin.discovery import confirmed
 from osml_plugin.errors import OsmlError
 from osml_plugin.tracking import is_model_uri
 
@@ -99,8 +100,13 @@ class Jobs:
             wanted = job.args["n_classes"]
             if wanted is not None and wanted > len(ids):
                 raise OsmlError(f"there are {len(ids)} unknown items, which cannot be {wanted} classes")
+            links = self._store.links() if wanted is None else {}  # which might not leave so many classes
             found = snapshot.recognizer.group(
-                torch.from_numpy(embeddings), n_classes=wanted, seed=job.args["seed"], progress=lease.at
+                torch.from_numpy(embeddings),
+                n_classes=wanted,
+                must_link=confirmed([links.get(id) for id in ids])[0],
+                seed=job.args["seed"],
+                progress=lease.at,
             )
             result |= {
                 "n_classes": found.n_classes,

@@ -160,16 +160,28 @@ class UnknownList(_Answer):
 
 
 class DiscoveryIn(_Strict):
-    n_classes: int | None = Field(default=None, ge=1, le=100_000, description="How many classes, where it is known.")
+    n_classes: int | None = Field(
+        default=None,
+        ge=1,
+        le=100_000,
+        description="How many classes, where it is known: exactly so many, whatever groups were merged before.",
+    )
     seed: int = Field(default=0, ge=0, le=2**31)
 
 
 class GroupOut(BaseModel):
-    group: int
+    group: int = Field(description="Its number in this discovery, by which it is accepted, merged or rejected.")
+    id: int = Field(
+        ge=0,
+        description="The same in each discovery in which more than half of its items are together again and no other "
+        "group brings more; never given to another group.",
+    )
     size: int
     confidence: float = Field(ge=0, le=1)
     exemplars: list[str] = Field(description="Observation ids, the most typical first.")
-    state: Literal["proposed", "accepted", "rejected", "merged"]
+    state: Literal["proposed", "accepted", "rejected", "merged"] = Field(
+        description="Rejected from the start where most of its items were rejected in the discovery before."
+    )
     name: str | None = Field(description="The class that it was accepted as.")
 
 
@@ -183,6 +195,10 @@ class DiscoveryOut(_Answer):
     n_classes: int | None
     n_classes_interval: tuple[int, int] | None
     left_out: int | None
+    changes: list[str] = Field(
+        description="What became of the groups of the discovery before, by their ids.",
+        examples=[["3 was split into 3 and 17", "5 was merged into 2", "18 is new"]],
+    )
     groups: list[GroupOut]
 
 

@@ -44,6 +44,7 @@ DISCOVERY = VERSIONS | {
     "n_classes": None,
     "n_classes_interval": None,
     "left_out": None,
+    "changes": [],
     "groups": [],
 }
 MODEL = VERSIONS | {

@@ -103,6 +103,39 @@ def test_the_unknown_are_kept_grouped_named_and_then_known(config, digits_folder
         assert state[:2] == ["accepted", "rejected"]
 
 
+def test_groups_go_on_from_discovery_to_discovery(config, digits_folder):
+    def together(client, found) -> dict[int, set[str]]:
+        return {group.id: set(client.members(found.id, group.group).members) for group in found.groups}
+
+    with served(config) as (_, client):
+        for digit in "6789":
+            client.recognize(images_of(digits_folder, digit, 0, 30))
+        first = client.discover()
+        assert [group.id for group in first.groups] == [group.group for group in first.groups]
+        assert len(first.groups) >= 4 and first.changes == []
+        merged = client.merge_groups(first.id, 0, 1)
+        assert [group.state for group in merged.groups[:2]] == ["merged", "proposed"]
+        client.reject(first.id, 2)
+        before = together(client, first)
+    with served(config) as (_, client):
+        for digit in "6789":
+            client.recognize(images_of(digits_folder, digit, 30, 34))
+        found = client.discover()
+        assert found.n_items > first.n_items
+        after = together(client, found)
+        assert len(after) == len(found.groups)
+        assert before[1] <= after[1] and 0 not in after
+        assert len(after.keys() & before.keys()) >= 3
+        for group in found.groups:
+            again = 2 * len(after[group.id] & before[2]) > group.size
+            assert group.state == ("rejected" if again else "proposed")
+        assert "rejected" in [group.state for group in found.groups]
+        assert {line for line in found.changes if line.endswith("is new")} <= {f"{id} is new" for id in after}
+        # With a number of classes there are so many, whatever was merged.
+        assert client.discover(n_classes=7).n_classes == 7
+        assert before[1] <= next(ids for ids in together(client, client.discover()).values() if before[1] & ids)
+
+
 def test_enrol_rename_merge_forget(config, digits_folder):
     with served(config) as (_, client):
         made = client.enroll("seven", images_of(digits_folder, "7", 0, 6))

@@ -15,7 +15,9 @@ from functools import partial
 
 import numpy as np
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import create_engine, select, text, update
 
@@ -93,6 +95,34 @@ def test_migrations_make_the_tables_as_they_are_written_down(url):
     with raw(url).connect() as connection:
         context = MigrationContext.configure(connection, opts={"version_table": "osml_schema", "compare_type": True})
         assert compare_metadata(context, tables.metadata) == []
+
+
+def test_groups_of_the_first_schema_become_groups_of_their_own(url):
+    Store(url).close()  # makes the file, or fails
+    with raw(url).begin() as connection:
+        for table in (*reversed(tables.metadata.sorted_tables), tables.Table("osml_schema", tables.MetaData())):
+            table.drop(connection)
+        config = Config()
+        config.set_main_option("script_location", "osml_plugin.serve.store:migrations")
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        for job in "ab":
+            job = {"id": job * 32, "kind": "discovery", "args": "{}", "actor": "ann", "state": "done", "progress": 1}
+            job |= {"created_at": datetime(2026, 1, 1), "attempts": 1}
+            connection.execute(text(f"INSERT INTO osml_jobs ({', '.join(job)}) VALUES (:{', :'.join(job)})"), job)
+            for number in (1, 0):
+                connection.execute(
+                    text(
+                        "INSERT INTO osml_groups (job_id, number, confidence, state) VALUES (:job, :number, 1, 'proposed')"
+                    ),
+                    {"job": job["id"], "number": number},
+                )
+    store = Store(url)
+    store.ask_model(ANN, MODEL, "models:/m/1", ["cat", "dog"])
+    store.observe([one := observation()])
+    latest = discovered(store, Group(0, 1.0, (one.id,), ()))
+    assert [[g.id for g in store.groups(job)] for job in ("a" * 32, "b" * 32, latest)] == [[0, 1], [2, 3], [4]]
+    store.close()
 
 
 def test_several_processes_open_an_empty_database_at_once(url):
@@ -403,7 +433,7 @@ def test_groups_are_accepted_merged_and_rejected(store):
     )
     groups = store.groups(job)
     assert [g.members for g in groups] == [tuple(ids[2::-1]), tuple(ids[3:6]), tuple(ids[6:9]), tuple(ids[9:11])]
-    assert groups[0] == Group(0, 0.9, tuple(ids[2::-1]), (ids[1], ids[0]))
+    assert groups[0] == Group(0, 0.9, tuple(ids[2::-1]), (ids[1], ids[0]), id=0)
 
     assert store.merge_groups(ANN, job, 1, 0).result["n_examples"] == 3
     store.enroll_observations(ANN, "newt", [ids[2]])
@@ -428,6 +458,83 @@ def test_groups_are_accepted_merged_and_rejected(store):
     assert [g.state for g in groups] == ["accepted", "merged", "rejected", "proposed"] and groups[0].name == "otter"
     assert groups[0].members == (ids[1], ids[0], *ids[3:6]) and groups[1].members == groups[3].members == ()
     assert store.unknowns(0)[0] == 3 and store.state().gallery_version == 2
+
+
+def found_as(store: Store, *members: list[str]) -> tuple[list[int], list[str]]:
+    """The ids that groups of these items get, and what is said to have happened."""
+    id = discovered(store, *(Group(i, 0.5, tuple(inside), ()) for i, inside in enumerate(members)))
+    return [group.id for group in store.groups(id)], store.job(id).result["changes"]
+
+
+def observed(store: Store, n: int) -> list[str]:
+    seen = [observation(i) for i in range(n)]
+    store.observe(seen)
+    return [o.id for o in seen]
+
+
+def test_groups_keep_their_ids(store, url):
+    a, b, c, d = (observed(store, n) for n in (5, 4, 3, 3))
+    assert found_as(store, a, b, c) == ([0, 1, 2], [])
+    # In another order, with a new group, by another replica.
+    replica = Store(url)
+    assert found_as(replica, d, b, [*a, *observed(store, 2)], c) == ([3, 1, 0, 2], ["3 is new"])
+    replica.close()
+    # Discoveries that fail, however many, and one that finds nothing.
+    for _ in range(25):
+        store.start_discovery(ANN, {}, MODEL)
+        store.fail_job(store.claim_job("w", 60).id, "w", "no memory")
+    nothing = store.start_discovery(ANN, {}, MODEL).result["id"]
+    store.claim_job("w", 60)
+    store.finish_discovery(nothing, "w", [], {})
+    assert store.job(nothing).result == {"changes": ["0 is gone", "1 is gone", "2 is gone", "3 is gone"]}
+    assert found_as(store, a, b, c, d) == ([0, 1, 2, 3], [])
+    # Items that were dropped or enrolled are not asked; a group that was enrolled is not missed, nor its id used again.
+    store.discard(ANN, a[:4])
+    latest = store.jobs("discovery", 1)[0].id
+    store.enroll_observations(ANN, "newt", b[:1])
+    store.accept_group(ANN, latest, 2, "otter")
+    new = observed(store, 3)
+    assert found_as(store, new, [a[4], *observed(store, 1)], b) == ([4, 0, 1], ["4 is new", "3 is gone"])
+    assert found_as(store, b[1:3], b[3:], d, new) == (
+        [1, 5, 6, 4],
+        ["1 was split into 1 and 5", "6 is new", "0 is gone"],
+    )
+    assert found_as(store, [*d, *b[1:], *new]) == ([4], ["1, 5 and 6 were merged into 4"])
+
+
+def test_items_of_merged_groups_are_linked(store):
+    a, b, c, d = (observed(store, 3) for _ in range(4))
+    job = discovered(store, *(Group(i, 0.5, tuple(inside), ()) for i, inside in enumerate((a, b, c, d))))
+    assert store.links() == {}
+    store.merge_groups(keyed("m"), job, 1, 0)
+    store.merge_groups(keyed("m"), job, 1, 0)
+    store.merge_groups(ANN, job, 3, 2)
+    blocks = store.links()
+    assert {blocks[i] for i in a + b} == {1} and {blocks[i] for i in c + d} == {2} and len(blocks) == 12
+    # The union has one id. What is linked to a part is linked to all that the part is merged with.
+    later = discovered(store, *(Group(i, 0.5, tuple(inside), ()) for i, inside in enumerate((a + b, c, d))))
+    assert store.group(later, 0).id == 0
+    store.merge_groups(ANN, later, 1, 0)
+    assert set(store.links()) == {*a, *b, *c, *d} and len(set(store.links().values())) == 1
+    # Items that are enrolled are out of it; what is no class holds nothing together.
+    store.enroll_observations(ANN, "newt", d[:1])
+    store.reject_group(ANN, later, 0)
+    assert set(store.links()) == set(d[1:])
+
+
+def test_a_group_that_was_rejected_is_rejected_when_it_is_found_again(store):
+    a, b, c = observed(store, 4), observed(store, 4), observed(store, 4)
+    store.reject_group(ANN, discovered(store, Group(0, 0.5, tuple(a), ()), Group(1, 0.5, tuple(b), ())), 0)
+    states = []
+    for members in ([b, [*a, *c[:3]]], [c, a[:1], a[1:], b], [[*a, *c]], [a]):
+        job = discovered(store, *(Group(i, 0.5, tuple(inside), ()) for i, inside in enumerate(members)))
+        states.append([group.state for group in store.groups(job)])
+    assert states == [
+        ["proposed", "rejected"],
+        ["rejected", "rejected", "rejected", "proposed"],
+        ["rejected"],
+        ["rejected"],
+    ]
 
 
 def test_jobs_have_one_worker_at_a_time(store, url):

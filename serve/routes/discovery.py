@@ -68,14 +68,14 @@ def accept(service: Served, job: JobId, group: GroupNumber, name: NewName, by: E
 
 @router.post("/{job}/groups/{group}/merge", response_model=DiscoveryOut, responses=WRITE_PROBLEMS | NOT_FOUND)
 def merge_groups(service: Served, job: JobId, group: GroupNumber, into: GroupInto, by: Enroller):
-    """Make a group part of another one."""
+    """Make a group part of another one; their items come out together in later discoveries, too."""
     service.write(service.store.merge_groups, by, job, group, into.into)
     return _out(service, job)
 
 
 @router.post("/{job}/groups/{group}/reject", response_model=DiscoveryOut, responses=WRITE_PROBLEMS | NOT_FOUND)
 def reject(service: Served, job: JobId, group: GroupNumber, by: Enroller):
-    """Say that a group is no class; its items stay unknown."""
+    """Say that a group is no class; its items stay unknown, and later discoveries that find it again reject it, too."""
     service.write(service.store.reject_group, by, job, group)
     return _out(service, job)
 
@@ -97,9 +97,11 @@ def _fields(service: Service, job: Job) -> dict[str, Any]:
         "n_classes": found.get("n_classes"),
         "n_classes_interval": found.get("n_classes_interval"),
         "left_out": found.get("left_out"),
+        "changes": found.get("changes", []),
         "groups": [
             {
                 "group": g.number,
+                "id": g.id,
                 "size": len(g.members),
                 "confidence": g.confidence,
                 "exemplars": list(g.exemplars),

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import Connection, and_, delete, insert, or_, select, update
+import numpy as np
+from sqlalchemy import Connection, Row, and_, delete, insert, or_, select, update
 
 from .errors import NotThere
 from .ledger import Change, Ledger, batches, new_id, now
@@ -14,7 +15,7 @@ from .records import Group, Job, Write, Written
 from .tables import groups, items, jobs, members, state
 
 KEPT = 20
-"""So many finished jobs of a kind are remembered."""
+"""So many jobs of a kind that are done are remembered, and so many that failed."""
 ATTEMPTS = 10
 """A job whose worker was lost so often fails: it may be what kills them."""
 
@@ -59,21 +60,38 @@ class Jobs(Ledger):
             return connection.execute(mine).rowcount == 1
 
     def finish_discovery(self, job_id: str, worker: str, found: Sequence[Group], result: dict[str, Any]) -> bool:
-        """Writes the groups down. Members that are no longer in the store are left out. False: see `renew`."""
+        """Writes the groups down. Members that are no longer in the store are left out. False: see `renew`.
+
+        They get the ids of the groups of the last discovery that they continue (see `identify`), others new ones; what
+        happened to those joins `result` as `changes`. A group most of whose items were rejected there is rejected.
+        """
+        from osml_plugin.discovery import Identities, identify  # it brings torch, which `osml keys` can do without
+
         with self._database.write() as connection:
             if not _holds(connection, job_id, worker):
                 return False
+            last = _last_groups(connection)
+            previous = Identities(
+                of_item={row.item_id: row.id for row in last}, next_id=connection.scalar(select(state.c.next_group))
+            )
+            rejected = {row.item_id for row in last if row.state == "rejected"}
+            keys = [id for group in found for id in group.members]
+            of_key = np.repeat(np.arange(len(found)), [len(group.members) for group in found])
+            carried = identify(previous, keys, of_key)
+            connection.execute(update(state).values(next_group=carried.identities.next_id))
             there = set()
             for batch in batches(id for group in found for id in group.members):
                 there.update(connection.scalars(select(items.c.id).where(items.c.id.in_(batch))))
             proposed, rows = [], []
-            for group in found:
+            for group, lasting in zip(found, carried.ids.tolist(), strict=True):
+                again = 2 * len(rejected.intersection(group.members)) > len(group.members)
                 proposed.append(
                     {
                         "job_id": job_id,
                         "number": group.number,
+                        "id": lasting,
                         "confidence": group.confidence,
-                        "state": group.state,
+                        "state": "rejected" if again else group.state,
                         "name": group.name,
                     }
                 )
@@ -93,7 +111,7 @@ class Jobs(Ledger):
                 connection.execute(insert(groups), proposed)
             if rows:
                 connection.execute(insert(members), rows)
-            end_job(connection, job_id, "done", result=result)
+            end_job(connection, job_id, "done", result={**result, "changes": carried.sentences() if last else []})
             return True
 
     def fail_job(self, job_id: str, worker: str, reason: str) -> bool:
@@ -148,10 +166,23 @@ def end_job(
     kind, args = connection.execute(select(jobs.c.kind, jobs.c.args).where(jobs.c.id == id)).one()
     if to == "failed" and kind == "model":
         connection.execute(update(state).where(state.c.pending == args["version"]).values(pending=None))
-    finished = select(jobs.c.id).where(jobs.c.kind == kind, jobs.c.state.in_(("done", "failed")))
+    finished = select(jobs.c.id).where(jobs.c.kind == kind, jobs.c.state == to)
     old = list(connection.scalars(finished.order_by(jobs.c.created_at.desc(), jobs.c.id.desc()).offset(KEPT)))
     if old:
         connection.execute(delete(jobs).where(jobs.c.id.in_(old)))
+
+
+def _last_groups(connection: Connection) -> Sequence[Row]:
+    """The unknown items of the last discovery that found groups: `item_id`, and `id` and `state` of the group."""
+    done = select(groups.c.job_id).join(jobs, jobs.c.id == groups.c.job_id)
+    last = done.order_by(jobs.c.finished_at.desc(), jobs.c.id.desc()).limit(1)
+    query = (
+        select(members.c.item_id, groups.c.id, groups.c.state)
+        .join(groups, and_(groups.c.job_id == members.c.job_id, groups.c.number == members.c.number))
+        .join(items, items.c.id == members.c.item_id)
+        .where(members.c.job_id == last.scalar_subquery(), items.c.state == "unknown")
+    )
+    return connection.execute(query).all()
 
 
 def _claimable():

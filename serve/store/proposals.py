@@ -48,6 +48,7 @@ class Proposals(Ledger):
                 ),
                 state=group.state,
                 name=group.name,
+                id=group.id,
             )
             for group in found
         ]
@@ -58,6 +59,12 @@ class Proposals(Ledger):
             if group.number == number:
                 return group
         raise NotThere(f"no group {number} in discovery '{job_id}': list its groups")
+
+    def links(self) -> dict[str, int]:
+        """Unknown items that are of one class with others, by what was merged: those of one number belong together."""
+        query = select(items.c.id, items.c.linked).where(items.c.state == "unknown", items.c.linked.is_not(None))
+        with self._database.read() as connection:
+            return dict(connection.execute(query).all())
 
     def accept_group(self, by: Write, job_id: str, number: int, name: str) -> Written:
         """Its members that are still unknown become examples of a class. Result: name, n_examples, example_ids.
@@ -85,7 +92,10 @@ class Proposals(Ledger):
         return self._write(by, "accept group", f"{job_id}/{number}", change)
 
     def merge_groups(self, by: Write, job_id: str, number: int, into: int) -> Written:
-        """The members of one join another. Result: group, n_examples (those moved). Raises `NotThere`, `Conflict`."""
+        """The members of one join another, and are linked to its members from now on (see `links`).
+
+        Result: group, n_examples (those moved). Raises `NotThere`, `Conflict`.
+        """
 
         def change(this: Change) -> dict:
             if number == into:
@@ -97,16 +107,25 @@ class Proposals(Ledger):
             behind = members.c.rank + (0 if last is None else last + 1)
             count = this.connection.execute(moved.values(number=into, rank=behind, exemplar=None)).rowcount
             _decide(this.connection, job_id, number, state="merged")
+            inside = select(members.c.item_id).where(*_members_of(job_id, into))
+            # Read before: SQLite would ask for it while it changes it.
+            before = select(items.c.linked).where(items.c.id.in_(inside), items.c.linked.is_not(None)).distinct()
+            blocks = list(this.connection.scalars(before))
+            new = this.connection.scalar(select(func.coalesce(func.max(items.c.linked), 0) + 1))
+            joined = or_(items.c.id.in_(inside), items.c.linked.in_(blocks))
+            this.connection.execute(update(items).where(joined).values(linked=new))
             return {"group": into, "n_examples": count}
 
         return self._write(by, "merge groups", f"{job_id}/{number}", change)
 
     def reject_group(self, by: Write, job_id: str, number: int) -> Written:
-        """Its members stay unknown. Result: group. Raises `NotThere`, `Conflict`."""
+        """Its members stay unknown, and are linked no more. Result: group. Raises `NotThere`, `Conflict`."""
 
         def change(this: Change) -> dict:
             _require_proposed(this.connection, job_id, number)
             _decide(this.connection, job_id, number, state="rejected")
+            inside = select(members.c.item_id).where(*_members_of(job_id, number))
+            this.connection.execute(update(items).where(items.c.id.in_(inside)).values(linked=None))
             return {"group": number}
 
         return self._write(by, "reject group", f"{job_id}/{number}", change)

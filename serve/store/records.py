@@ -150,6 +150,8 @@ class Group:
     exemplars: tuple[str, ...]
     state: GroupState = "proposed"
     name: str | None = None
+    id: int | None = None
+    """The same in each discovery that finds the group again; the store gives it."""
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,7 @@ state = Table(
     Column("pending", Words),
     Column("alpha", Double),
     Column("asked", JSON, nullable=False),
+    Column("next_group", Integer, nullable=False),  # the id of the next new group: never one that was used before
 )
 
 # Unknown items, examples, and the ids of examples that are gone (replicas must learn of those).
@@ -83,6 +84,7 @@ items = Table(
     Column("score", Double),
     Column("nearest", Words),
     Column("p_value", Double),
+    Column("linked", Integer),  # unknown items of one number are of one class, said who merged their groups
 )
 Index("osml_items_state", items.c.state, items.c.id)
 _in_gallery = items.c.version.is_not(None)
@@ -171,6 +173,7 @@ groups = Table(
     metadata,
     Column("job_id", Words, ForeignKey(jobs.c.id, ondelete="CASCADE"), primary_key=True),
     Column("number", Integer, primary_key=True),
+    Column("id", Integer, nullable=False),  # the same in each discovery that finds the group again
     Column("confidence", Double, nullable=False),
     Column("state", Words, nullable=False),
     Column("name", Words),
