@@ -6,7 +6,7 @@ The one that makes the bundle, `train`, is in `pipeline.py`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +20,7 @@ from . import UNKNOWN, detectors
 from .bundle import bundle_lock, load_bundle, save_bundle
 from .checkpoints import Checkpoint, find_checkpoints
 from .data import Items, Split, open_items, readable_items, test_indices, write_embeddings
-from .discovery import Discovery, Identities, Update, identify
+from .discovery import Constraints, Discovery, Identities, Update, identify
 from .discovery.methods import create
 from .embedding import default_device, embed_dataset
 from .errors import OsmlError
@@ -98,8 +98,9 @@ class DiscoverResult:
     """Where the items come from."""
     items: Items
     """Those that were grouped."""
-    indices: np.ndarray
-    """`(N,)` their places in the source."""
+    names: tuple[str, ...]
+    """`(N,)` the file of each, or its place in a source without files; a file that is there twice has its place with
+    it."""
     embeddings: torch.Tensor
     """`(N, D)`"""
     nearest: tuple[str, ...]
@@ -132,13 +133,12 @@ class DiscoverResult:
 
     @cached_property
     def short_names(self) -> list[str]:
-        """Each item's file, as seen from the source, or else its place in the source."""
-        return _short(self.source, self.items, self.indices)
+        """The names as seen from the source."""
+        return [_short(name, self.source) for name in self.names]
 
     def to_dict(self) -> dict[str, Any]:
-        """The object that `osml discover --json` prints. An item is its file, or its place in the source."""
-        found = self.groups
-        names = _keys(self.items, self.indices)
+        """The object that `osml discover --json` prints."""
+        found, names = self.groups, self.names
         groups = []
         for group, exemplars in enumerate(found.exemplars):
             members = self.members(group)
@@ -198,59 +198,75 @@ def discover(
         previous: What an earlier run left (`DiscoverResult.update.identities`): groups that continue one keep its id.
     """
     if method != "auto":
-        create(method)  # a wrong name is to be told before the work
+        create(method)  # a wrong name is to be told before the work, and so are wrong links
+    items = open_items(data, labelled=False)
+    names = _names(items)
+    links = {"must_link": _placed(must_link, names, Path(data)), "cannot_link": _placed(cannot_link, names, Path(data))}
+    Constraints.of(**links, n_items=len(items))
     recognizer = open_recognizer(model, factories)
-    items, embeddings = _embedded(recognizer, open_items(data, labelled=False), skip_bad, progress)
+    readable, survey = readable_items(items, skip_bad, progress)
+    places = np.arange(len(items)) if survey is None else survey.good
+    embeddings = recognizer.embed(_inputs(readable), progress="embedding" if progress else None)
     answer = recognizer.recognize(embeddings, neighbours=0)
-    kept = np.arange(len(items)) if everything else np.flatnonzero(answer.labels == UNKNOWN)
+    kept = np.arange(len(readable)) if everything else np.flatnonzero(answer.labels == UNKNOWN)
     if not len(kept):
-        raise OsmlError(f"all {len(items)} items of '{data}' are recognised as known: nothing is left to group")
-    chosen = items.select(kept)
-    keys = _keys(chosen, kept)
-    places = {name: i for i, name in enumerate(_short(Path(data), chosen, kept))} | {k: i for i, k in enumerate(keys)}
+        raise OsmlError(f"all {len(readable)} items of '{data}' are recognised as known: nothing is left to group")
+    chosen, keys = readable.select(kept), [names[i] for i in places[kept]]
     how = {"n_classes": n_classes, "method": method, "granularity": granularity, "seed": seed}
-    links = {"must_link": _placed(must_link, places), "cannot_link": _placed(cannot_link, places)}
+    links = {kind: _among(pairs, places[kept], names) for kind, pairs in links.items()}
     groups = recognizer.group(embeddings[kept], **how, **links)
     return DiscoverResult(
         source=Path(data),
         items=chosen,
-        indices=kept,
+        names=tuple(keys),
         embeddings=embeddings[kept],
         nearest=tuple(answer.nearest[i] for i in kept),
         references=recognizer.gallery.embeddings,
         groups=groups,
         method=method,
-        n_recognised=len(items) - len(kept),
+        n_recognised=len(readable) - len(kept),
         update=identify(previous or Identities(), keys, groups.labels),
         follows=previous is not None,
         metrics=discovery_metrics(chosen.labels, groups.labels) if chosen.labels is not None else None,
     )
 
 
-def _keys(items: Items, indices: np.ndarray) -> list[str]:
+def _names(items: Items) -> list[str]:
     """Each item's file, or else its place in the source; a file that is there twice has its place with it."""
-    names = [str(i) for i in (indices if items.paths is None else items.paths)]
+    names = [str(name) for name in (range(len(items)) if items.paths is None else items.paths)]
     times = Counter(names)
-    return [name if times[name] == 1 else f"{name}#{i}" for name, i in zip(names, indices, strict=True)]
+    return [name if times[name] == 1 else f"{name}#{i}" for i, name in enumerate(names)]
 
 
-def _short(source: Path, items: Items, indices: np.ndarray) -> list[str]:
-    if items.paths is None:
-        return [str(i) for i in indices]
+def _short(name: str, source: Path) -> str:
+    """The name of an item as seen from the source."""
     folder = source if source.is_dir() else source.parent
-    return [str(p.relative_to(folder) if p.is_relative_to(folder) else p) for p in items.paths]
+    return str(Path(name).relative_to(folder)) if Path(name).is_relative_to(folder) else name
 
 
-def _placed(pairs: Sequence[Sequence[str]], places: Mapping[str, int]) -> list[list[int]]:
-    """Pairs of items by name as pairs of places."""
-    n_items = len(set(places.values()))
+def _placed(pairs: Sequence[Sequence[str]], names: list[str], source: Path) -> list[list[int]]:
+    """Pairs of items by name, as listed or as seen from the source, as pairs of their places in it."""
+    if not pairs:
+        return []
+    places = {_short(name, source): i for i, name in enumerate(names)} | {name: i for i, name in enumerate(names)}
     for name in (name for pair in pairs for name in pair):
         if name not in places:
             raise OsmlError(
-                f"'{name}' of the links is none of the {n_items} items that are grouped: name a file as --json lists "
-                "it, or pass --all if it was recognised as known"
+                f"'{name}' of the links is none of the {len(names)} items of '{source}': name a file as --json lists it"
             )
     return [[places[a], places[b]] for a, b in pairs]
+
+
+def _among(pairs: list[list[int]], kept: np.ndarray, names: list[str]) -> list[list[int]]:
+    """Pairs of places in the source as pairs of places among the items that are `kept` `(N,)`."""
+    place = {int(i): n for n, i in enumerate(kept)}
+    for i in (i for pair in pairs for i in pair):
+        if i not in place:
+            raise OsmlError(
+                f"'{names[i]}' of the links is not grouped, for it was recognised as known, or cannot be read: pass "
+                "--all, or take the link back"
+            )
+    return [[place[a], place[b]] for a, b in pairs]
 
 
 def enroll(

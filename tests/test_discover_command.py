@@ -501,6 +501,33 @@ def test_links_between_files(osml, bundle, inbox, tmp_path):
     assert group_of["5/0.png"] != group_of["5/1.png"]
 
 
+def test_links_of_items_that_are_not_grouped_are_refused(osml, bundle, spheres, tmp_path):
+    embeddings, labels = spheres
+    chosen = np.flatnonzero((np.arange(len(labels)) % 40 >= 36) | (labels >= KNOWN))
+    write_embeddings(tmp_path / "mixed.npz", embeddings[chosen], None)
+    answer = json.loads(osml("discover", bundle, tmp_path / "mixed.npz", "--json")[1])
+    grouped = sum((group["members"] for group in answer["groups"]), answer["left_out"])
+    recognised = min(set(range(12)) - set(map(int, grouped)))
+    (tmp_path / "links.csv").write_text(f"{recognised},100\n")
+    run = ["discover", bundle, tmp_path / "mixed.npz", "--must-link", tmp_path / "links.csv"]
+    fails(osml(*run), f"'{recognised}'", "recognised as known", "--all")
+    assert osml(*run, "--all")[0] == 0
+
+
+def test_places_of_files_are_those_in_the_source(bundle, spheres, tmp_path):
+    """A file that is there twice is told apart by its place, in whatever form it is named."""
+    embeddings, labels = spheres
+    chosen = np.flatnonzero((np.arange(len(labels)) % 40 >= 36) | (labels >= KNOWN))
+    paths = photographs(tmp_path / "photos", labels[chosen].tolist())
+    paths[-1] = paths[-2]
+    write_embeddings(tmp_path / "mixed.npz", embeddings[chosen], None, paths)
+    result = commands.discover(bundle, tmp_path / "mixed.npz", progress=False)
+    assert result.names[-2:] == (f"{paths[-1]}#{len(chosen) - 2}", f"{paths[-1]}#{len(chosen) - 1}")
+    assert result.short_names == [str(Path(name).relative_to(tmp_path)) for name in result.names]
+    links = [result.names[-2:], result.short_names[-3:-1]]
+    assert commands.discover(bundle, tmp_path / "mixed.npz", must_link=links, progress=False).groups.n_classes
+
+
 def test_bad_links_and_runs_are_refused_in_one_line(osml, bundle, inbox, tmp_path):
     run = ["discover", bundle, inbox]
     links = tmp_path / "links.csv"
@@ -511,6 +538,7 @@ def test_bad_links_and_runs_are_refused_in_one_line(osml, bundle, inbox, tmp_pat
     fails(osml(*run, "--cannot-link", links), "'nobody.png'", "60 items")
     links.write_text("3/0.png,3/0.png\n")
     fails(osml(*run, "--cannot-link", links), "with itself")
+    fails(osml("discover", "no bundle", inbox, "--cannot-link", links), "with itself")  # before any work
     fails(osml(*run, "--previous", tmp_path), "no earlier discovery")
     (tmp_path / "discovery.json").write_text("{}")
     fails(osml(*run, "--previous", tmp_path), "no earlier discovery")

@@ -12,7 +12,7 @@ from sklearn.metrics import adjusted_rand_score, jaccard_score
 
 from osml_plugin import OsmlError
 from osml_plugin.discovery import Constraints, Discovery, confirmed, discover
-from osml_plugin.discovery.discover import AT_HOME, among_known, new_groups
+from osml_plugin.discovery.at_home import AT_HOME, among_known, new_groups
 from osml_plugin.discovery.granularity import bcubed, behind_the_best, merge, persistence, split, stability
 from osml_plugin.discovery.graph import N_NEIGHBORS, ONE_WAY, communities, neighbor_graph, own_share
 from osml_plugin.discovery.methods import create
@@ -119,6 +119,31 @@ def test_wrongly_rejected_known_items_are_left_out():
     assert found.n_classes == 3
     np.testing.assert_array_equal(found.labels == -1, rejected[unknown])
     assert found.known_class[rejected[unknown]].tolist() == [0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("method", ["communities", "semi_supervised_kmeans"])
+def test_wrongly_rejected_known_items_are_left_out_when_the_number_is_told(method):
+    items, true = blobs(6, 100)
+    rejected = np.zeros(600, dtype=bool)
+    rejected[[0, 1, 100, 101, 102]] = True
+    unknown = rejected | (true >= 3)
+    how = {"known_embeddings": items[~unknown], "known_labels": true[~unknown], "method": method}
+    found = discover(items[unknown], n_classes=3, **how)
+    check(found, unknown.sum())
+    np.testing.assert_array_equal(found.labels == -1, rejected[unknown])
+    assert found.known_class[rejected[unknown]].tolist() == [0, 0, 1, 1, 1]
+    assert adjusted_rand_score(true[unknown & ~rejected], found.labels[found.labels >= 0]) == 1
+    # Nobody is left out where there would be too few for so many classes.
+    assert (discover(items[rejected], n_classes=3, **how).labels >= 0).all()
+
+
+def test_a_single_known_item_that_strays_leaves_no_group_out():
+    groups = np.repeat([0, 1, 2, 1, 2, 3], [300, 5, 4, 1, 3, 3])  # of unknown items, then of the known ones
+    n = len(groups)
+    nobody_said = Constraints.of(None, None, n - 7)
+    pool = Pool(np.eye(n, dtype=np.float32), np.arange(n - 7), np.arange(n - 7, n), np.zeros(7, np.int64), nobody_said)
+    new = new_groups(groups, pool, np.ones(7, dtype=bool))
+    np.testing.assert_array_equal(new, np.repeat([0, 1, -1], [300, 5, 4]))
 
 
 def test_a_pool_that_is_all_known_proposes_nothing_and_says_so():
@@ -472,7 +497,7 @@ def test_new_groups_against_a_slow_twin(rows):
     for g in range(len(used)):
         u, k, c = (np.sum(groups[at] == g) for at in (unknown, known, np.flatnonzero(kind == "gallery")))
         n_u, n_k = np.sum(groups[unknown] >= 0), np.sum(groups[known] >= 0)
-        rare = n_k > 0 and k / n_k > AT_HOME * u / n_u if n_u else True
+        rare = k > 1 and k / n_k > AT_HOME * u / n_u if n_u else True
         if u > 0 and c < AT_HOME * u and not rare:
             new.append(g)
     expected = [new.index(g) if g in new else -1 for g in groups[unknown]]
@@ -534,10 +559,39 @@ def test_two_classes_that_lie_together_are_told_apart_by_names():
     assert discovery_metrics(member[asked], named.labels).accuracy > 0.95
 
 
-def test_links_and_a_number_of_classes_are_refused_together():
-    items, _ = blobs(3, 20)
-    with pytest.raises(OsmlError, match="n_classes"):
-        discover(items, n_classes=3, cannot_link=[[0, 1]])
+@settings(deadline=None, max_examples=8)
+@given(seed=st.integers(0, 1000), n_classes=st.integers(4, 40), references=st.booleans())
+def test_links_and_a_number_of_classes_are_both_kept(seed, n_classes, references):
+    items, true = blobs(5, 20, spread=0.8, seed=seed)
+    rng = np.random.default_rng(seed)
+    pairs = np.stack([rng.integers(0, 60, 25), rng.integers(0, 60, 25)], axis=1)
+    must, cannot = (pairs[(true[pairs[:, 0]] == true[pairs[:, 1]]) == same] for same in (True, False))
+    options = {"known_embeddings": items[60:], "known_labels": true[60:]} if references else {}
+    found = discover(items[:60], n_classes=n_classes, must_link=must, cannot_link=cannot, seed=seed, **options)
+    check(found, 60)
+    assert found.n_classes == n_classes
+    assert (found.labels[must[:, 0]] == found.labels[must[:, 1]]).all()
+    assert (found.labels[cannot[:, 0]] != found.labels[cannot[:, 1]]).all()
+
+
+def test_numbers_of_classes_that_links_do_not_leave_are_refused():
+    items, true = blobs(3, 20)
+    with pytest.raises(OsmlError, match="n_classes is 60, but must_link leaves 59"):
+        discover(items, n_classes=60, must_link=[[0, 1]])
+    three = [[0, 20], [20, 40], [0, 40]]
+    with pytest.raises(OsmlError, match="n_classes is 2, but with cannot_link no fewer than 3 were found"):
+        discover(items, n_classes=2, cannot_link=three)
+    assert adjusted_rand_score(discover(items, n_classes=3, cannot_link=three).labels, true) == 1
+
+
+def test_a_number_of_classes_and_links_across_the_classes():
+    """Two classes are one, a third is two, and there are as many as ever."""
+    items, _ = blobs(4, 30)
+    found = discover(items, n_classes=4, must_link=[[0, 30]], cannot_link=[[60, 61]])
+    check(found, 120)
+    assert (found.labels[:60] == found.labels[0]).all()
+    assert (found.labels[60:90] != found.labels[0]).all() and found.labels[60] != found.labels[61]
+    assert (found.labels[90:] == found.labels[90]).all()
 
 
 def test_the_tree_is_of_the_classes():

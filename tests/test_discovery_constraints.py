@@ -290,3 +290,14 @@ def test_bad_pairs(must, cannot, message):
     with pytest.raises(OsmlError, match=message) as error:
         Constraints.of(must, cannot, 5)
     assert "\n" not in str(error.value)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 1000))
+def test_the_links_among_some_items(seed):
+    rng = np.random.default_rng(seed)
+    links, kept = random_constraints(rng, 12, 4, 8), rng.random(12) < 0.7
+    among, items = links.among(kept), np.flatnonzero(kept)
+    for inside, pairs in ((among.must_link, links.must_link), (among.cannot_link, links.cannot_link)):
+        assert [tuple(pair) for pair in items[inside]] == [(a, b) for a, b in pairs if kept[a] and kept[b]]
+    assert len(among.blocks) == kept.sum() and links.n_blocks == len(set(links.blocks))

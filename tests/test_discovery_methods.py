@@ -186,7 +186,8 @@ def test_discover_told_the_number(name, references):
     options = {"known_embeddings": items[known], "known_labels": true[known]} if references else {}
     for n_classes in (1, 3, 4, 9, 120):
         found = discover(items[~known], method=name, n_classes=n_classes, **options)
-        np.testing.assert_array_equal(np.unique(found.labels), np.arange(n_classes))
+        np.testing.assert_array_equal(np.setdiff1d(found.labels, -1), np.arange(n_classes))
+        assert references or (found.labels >= 0).all()
 
 
 # Each against its twin -------------------------------------------------------------------------------------
@@ -262,6 +263,15 @@ def test_ward_is_that_of_scikit_learn():
     for number in (2, 5, 20):
         peer = AgglomerativeClustering(number, linkage="ward").fit_predict(pool.nodes)
         assert adjusted_rand_score(peer, create("agglomerative").of_number(pool, number, 0)) == 1
+
+
+def test_agglomerative_without_known_items_finds_few_groups():
+    """Not the finest cuts: of one tree these are the most stable ones."""
+    for n_classes, spread in ((4, 1.0), (10, 1.0)):
+        items, true = blobs(n_classes, 60, spread=spread)
+        found = discover(items, method="agglomerative")
+        assert n_classes <= found.n_classes <= 1.5 * n_classes
+        assert adjusted_rand_score(true, found.labels) > 0.8
 
 
 def test_too_many_items_for_agglomerative(monkeypatch):

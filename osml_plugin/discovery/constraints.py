@@ -43,6 +43,17 @@ class Constraints:
             raise OsmlError(f"items {a} and {b} are cannot-linked, but must-link joins them: take a link back")
         return Constraints(must, cannot, blocks)
 
+    @property
+    def n_blocks(self) -> int:
+        """How many items there are if those that must-link joins are one."""
+        return int(self.blocks.max(initial=-1)) + 1
+
+    def among(self, kept: np.ndarray) -> Constraints:
+        """The pairs of which both items are `kept` `(N,)` bool, in the numbers of these alone."""
+        place = np.cumsum(kept) - 1
+        must, cannot = (place[pairs[kept[pairs].all(axis=1)]] for pairs in (self.must_link, self.cannot_link))
+        return Constraints.of(must, cannot, int(kept.sum()))
+
 
 def confirmed(names: Sequence[Hashable | None]) -> tuple[np.ndarray, np.ndarray]:
     """What a person's names say: must-link `(P, 2)` within a name, cannot-link `(Q, 2)` between any two names.

@@ -44,10 +44,12 @@ class Pool:
         nodes = whitened(nodes.round(SAME, out=nodes), nodes[of_known], classes)
         return Pool(nodes, of_item, of_known, classes, links or Constraints.of(None, None, len(items)))
 
-    def without_known(self) -> Pool:
-        """The unknown items alone, where they are."""
-        used, of_item = np.unique(self.of_item, return_inverse=True)
-        return Pool(self.nodes[used], of_item, self.of_known[:0], self.classes[:0], self.links)
+    def only(self, kept: np.ndarray) -> Pool:
+        """The unknown items that are `kept` `(N,)` bool, where they are, and no known ones."""
+        if kept.all() and not len(self.of_known):
+            return self
+        used, of_item = np.unique(self.of_item[kept], return_inverse=True)
+        return Pool(self.nodes[used], of_item, self.of_known[:0], self.classes[:0], self.links.among(kept))
 
     def thinned(self, share: float, seed: int) -> Pool:
         """A share of the unknown items, drawn at random, one at least, beside all known ones."""

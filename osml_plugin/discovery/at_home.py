@@ -1,0 +1,79 @@
+"""Which of the unknown items lie among known ones after all."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.sparse import csr_matrix
+
+from .granularity import alone
+from .pool import Pool
+
+AT_HOME = 3
+"""A group lies among known items if it has this many times as many of the gallery as unknown ones, or if it is this
+many times as frequent among all known items as among the unknown ones, and has at least two of them: where few are
+known, a single one that strays there is a large share of them."""
+AMONG = 0.5
+"""Unknown items are all known if they have this share of the links to the gallery that known ones would have: between
+0.0 to 0.1 for pools of new classes with some known items in them, and 0.6 to 1.1 for pools that were all known."""
+FAINT = 1e-9
+"""What an item of its group counts for against a link of its own, when an item's known class is told."""
+LEFT_OUT = -1
+
+
+def new_groups(groups: np.ndarray, pool: Pool, in_gallery: np.ndarray) -> np.ndarray:
+    """The groups of the unknown items `(N,)` numbered anew; -1 for those of no group, and where known ones lie.
+
+    Shares are compared as well as numbers: there may be many more known items than unknown ones, or fewer.
+
+    Args:
+        groups: `(M,)` the group of each node, from 0; −1: of none.
+        in_gallery: `(K,)` bool: the known items whose class can be recognised.
+    """
+    mine, theirs = groups[pool.of_item], groups[pool.of_known]
+    n_groups = int(groups.max()) + 1
+    unknown = np.bincount(mine[mine >= 0], minlength=n_groups)
+    known = np.bincount(theirs[theirs >= 0], minlength=n_groups)
+    gallery = np.bincount(theirs[in_gallery & (theirs >= 0)], minlength=n_groups)
+    frequent = (known > 1) & (_share(known) > AT_HOME * _share(unknown))
+    new = (unknown > 0) & (AT_HOME * unknown > gallery) & ~frequent
+    return np.append(np.where(new, np.cumsum(new) - 1, LEFT_OUT), LEFT_OUT)[mine]
+
+
+def among_known(pool: Pool, in_gallery: np.ndarray) -> float:
+    """How much of an unknown item's links lead to the gallery `(K,)` bool rather than to other unknown ones, over what
+    it would be if all were of the same classes, in the median: near 0 for new classes, near 1 for known ones.
+
+    The nearest-neighbour test of two samples (Schilling 1986, "Multivariate two-sample tests based on nearest
+    neighbors"), on the graph. The median, since a few known items beside few of the gallery count for many times one.
+    """
+    unknown, gallery = np.zeros((2, len(pool.nodes)), dtype=bool)
+    unknown[pool.of_item] = True
+    gallery[pool.of_known[in_gallery]] = True  # and unknown, too, where one is a copy of the other
+    if not gallery.any():
+        return 0.0
+    links = pool.graph[np.flatnonzero(unknown)]
+    to_gallery, to_unknown = links @ gallery, links @ unknown
+    both = to_gallery + to_unknown
+    share = np.divide(to_gallery, both, out=np.zeros_like(both), where=both > 0)
+    chance = gallery.sum() / (gallery.sum() + unknown.sum() - 1)
+    return float(np.median(share)) / chance
+
+
+def _share(counts: np.ndarray) -> np.ndarray:
+    return counts / max(counts.sum(), 1)
+
+
+def known_class(pool: Pool, groups: np.ndarray, labels: np.ndarray, names: np.ndarray) -> np.ndarray:
+    """The name `(N,)` of the class that most links of an item left out lead to, or, where none leads to a known item,
+    that most known items of its group are of; None for items of new classes, and where there is neither."""
+    found = np.full(len(labels), None, dtype=object)
+    left = np.flatnonzero(labels == LEFT_OUT)
+    if len(left) and len(names):
+        group, ones = alone(groups), np.ones(len(pool.classes))
+        of_class = csr_matrix((ones, (pool.of_known, pool.classes)), shape=(len(groups), len(names)))
+        of_group = csr_matrix((ones, (group[pool.of_known], pool.classes)), shape=(group.max() + 1, len(names)))
+        nodes = pool.of_item[left]
+        votes = (pool.graph[nodes] @ of_class + of_class[nodes] + FAINT * of_group[group[nodes]]).tocsr()
+        any_vote = np.diff(votes.indptr) > 0
+        found[left[any_vote]] = names[np.asarray(votes[any_vote].argmax(axis=1)).ravel()]
+    return found
