@@ -12,7 +12,7 @@ from test_discovery import blobs, check, unit
 from osml_plugin import OsmlError
 from osml_plugin.discovery import discover
 from osml_plugin.discovery.granularity import MATCHED, by_evidence, climbed
-from osml_plugin.discovery.methods import names
+from osml_plugin.discovery.methods import create, names
 from osml_plugin.discovery.pool import Pool
 
 METHODS = names()
@@ -227,6 +227,14 @@ def test_progress_rises_from_none_to_all(method, how, size):
     discover(items[true >= 3], **options, **how, method=method, progress=told.append)
     assert told[0] == 0 and told[-1] == 1 and (np.diff(told) >= 0).all()
     assert all(type(done) is float for done in told)
+
+
+def test_communities_tell_how_far_they_are_before_the_first_is_out():
+    items, _ = blobs(3, 30)
+    way, told = create("communities"), []
+    way.made = told.append
+    next(way.ladder(Pool.of(items.astype(np.float32), items[:0].astype(np.float32), np.empty(0, np.int64)), 0))
+    np.testing.assert_allclose(told, np.arange(1, way.n_rungs + 1) / way.n_rungs)
 
 
 @pytest.mark.parametrize("method", METHODS)

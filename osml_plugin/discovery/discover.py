@@ -129,7 +129,7 @@ def discover(
     seed = checked_seed(seed)
     pool = Pool.of(items, known, classes, links)
     way = create("communities" if method == "auto" else method)
-    progress = progress or (lambda done: None)
+    progress = _rising(progress or (lambda done: None))
 
     def counted(groups: np.ndarray, pool: Pool) -> int:
         return int(new_groups(groups, pool, in_gallery).max()) + 1
@@ -160,6 +160,19 @@ def discover(
         pool=pool,
         note="" if n_found else ALL_KNOWN if (found.groups[pool.of_item] >= 0).any() else ALL_NOISE,
     )
+
+
+def _rising(progress: Callable[[float], None]) -> Callable[[float], None]:
+    """What tells `progress` only of more than it was told of."""
+    most = -1.0
+
+    def tell(done: float) -> None:
+        nonlocal most
+        if done > most:
+            most = done
+            progress(done)
+
+    return tell
 
 
 def by_size(labels: np.ndarray) -> np.ndarray:

@@ -161,7 +161,8 @@ def by_number(way: Method, pool: Pool, seed: int, progress: Callable[[float], No
     """`number` groups, or as many as the method tells apart; no node is of none."""
     found = []
     for other in (seed, seed + way.n_rungs):
-        progress(len(found) / 2)
+        way.made = _part(progress, len(found) / 2, (len(found) + 1) / 2)
+        way.made(0.0)
         groups = alone(way.of_number(pool, min(number, len(pool.nodes)), other))
         found.append(merge(pool.graph, groups, number))
     groups, again = found
@@ -170,6 +171,7 @@ def by_number(way: Method, pool: Pool, seed: int, progress: Callable[[float], No
 
 def _rungs(way: Method, pool: Pool, seed: int, progress: Callable[[float], None]) -> Iterator[tuple[float, np.ndarray]]:
     progress(0.0)
+    way.made = progress
     rungs = tqdm(way.ladder(pool, seed), total=way.n_rungs, desc="discovery", delay=2, leave=False)
     for rung, (granularity, groups) in enumerate(rungs, start=1):
         progress(rung / way.n_rungs)

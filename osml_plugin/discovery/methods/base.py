@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import numpy as np
@@ -26,6 +26,8 @@ class Method(Named):
     registry = registry
     n_rungs: ClassVar[int]
     """The most rungs of its ladder."""
+    made: Callable[[float], None] = staticmethod(lambda done: None)
+    """What a ladder whose rungs are all made before the first is out tells how much is made, from 0 to 1."""
 
     def ladder(self, pool: Pool, seed: int) -> Iterator[tuple[float, np.ndarray]]:
         """Granularity and groups of each rung, from coarse to fine; made one at a time, since whoever asks may stop.
