@@ -151,7 +151,7 @@ def discover(
         labels=labels,
         n_classes=n_found,
         confidence=found.confidence,
-        exemplars=tuple(_exemplars(pool.nodes[pool.of_item], pool.of_item, members) for members in of_group),
+        exemplars=tuple(_exemplars(pool, members) for members in of_group),
         n_classes_interval=(low, high) if n_found else (0, 0),
         granularity=found.granularity,
         granularity_source=found.source,
@@ -182,8 +182,8 @@ def by_size(labels: np.ndarray) -> np.ndarray:
     return np.append(np.argsort(largest_first), LEFT_OUT)[labels]  # -1 finds the last
 
 
-def _exemplars(items: np.ndarray, of_item: np.ndarray, members: np.ndarray) -> np.ndarray:
+def _exemplars(pool: Pool, members: np.ndarray) -> np.ndarray:
     """The members nearest to their mean, nearest first; of copies only one, in the mean too."""
-    members = members[np.unique(of_item[members], return_index=True)[1]]
-    inside = items[members]
-    return members[np.argsort(-(inside @ inside.mean(axis=0)), kind="stable")[:N_EXEMPLARS]]
+    nodes, first = np.unique(pool.of_item[members], return_index=True)
+    inside = pool.nodes[nodes]
+    return members[first[np.argsort(-(inside @ inside.mean(axis=0)), kind="stable")[:N_EXEMPLARS]]]
