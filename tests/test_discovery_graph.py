@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, kron
 from sklearn.metrics import adjusted_rand_score
 from sklearn.neighbors import NearestNeighbors
 from sknetwork.clustering import get_modularity
 
 from osml_plugin.discovery import graph as graph_module
-from osml_plugin.discovery.graph import N_NEIGHBORS, ONE_WAY, communities, nearest, neighbor_graph, quotient
+from osml_plugin.discovery.graph import (
+    N_NEIGHBORS,
+    ONE_WAY,
+    communities,
+    contracted,
+    nearest,
+    neighbor_graph,
+    quotient,
+)
 from osml_plugin.discovery.methods import communities as communities_module
 from osml_plugin.discovery.methods import create
 from osml_plugin.discovery.pool import Pool
@@ -115,6 +125,20 @@ def test_near_ones_are_told_apart_far_from_the_origin():
     assert np.mean([np.isin(f, e).mean() for f, e in zip(found, expected, strict=True)]) > 0.95
 
 
+def test_nearest_of_nodes_in_one_spot_compares_no_more_than_elsewhere(monkeypatch):
+    nodes = (8**-0.5 + 1e-4 * np.random.default_rng(0).normal(size=(20_000, 8))).astype(np.float32)
+    compared = []
+    knn = graph_module.faiss.knn
+
+    def counting(queries, among, k):
+        compared.append(len(queries) * len(among))
+        return knn(queries, among, k)
+
+    monkeypatch.setattr(graph_module.faiss, "knn", counting)
+    nearest(nodes, 16)
+    assert sum(compared) < 20_000 * graph_module.COMPARED
+
+
 # The graph -------------------------------------------------------------------------------------------------
 
 
@@ -159,9 +183,41 @@ def test_quotient_keeps_modularity():
     )
 
 
+def test_contracted_parts_no_class_and_joins_none():
+    items, classes = mixture(4000, width=32, spread=0.05)
+    graph = neighbor_graph(items)
+    atoms = contracted(graph)
+    np.testing.assert_array_equal(np.unique(atoms), np.arange(atoms.max() + 1))
+    assert 40 < atoms.max() + 1 < 4000 / 2
+    assert len(set(zip(atoms, classes, strict=True))) == atoms.max() + 1  # each of one class
+    np.testing.assert_array_equal(contracted(graph), atoms)
+    coarse = communities(quotient(graph, atoms), 1.0, seed=0)[atoms]
+    assert adjusted_rand_score(coarse, communities(graph, 1.0, seed=0)) == 1
+
+
+def test_many_small_classes_are_told_apart_on_finer_rungs_alone(monkeypatch):
+    monkeypatch.setattr(communities_module, "GROUPED", 0)
+    ring = np.roll(np.eye(1000), 1, axis=1)
+    classes = np.repeat(np.arange(1000), 20)
+    graph = kron(csr_matrix(np.eye(1000) + 0.07 * (ring + ring.T)), np.ones((20, 20)), format="csr")
+    graph.setdiag(0)
+    rungs = list(create("communities").ladder(SimpleNamespace(joined=(graph, np.arange(20_000))), seed=0))
+    at_least = communities_module.COARSE
+    assert max(groups.max() for _, groups in rungs[:at_least]) < 999
+    assert max(adjusted_rand_score(classes, groups) for _, groups in rungs[at_least:]) == 1
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_seeds_group_otherwise_where_nodes_were_contracted(seed, monkeypatch):
+    monkeypatch.setattr(communities_module, "GROUPED", 0)
+    pool = Pool.of(mixture(2500)[0], NONE, NO_CLASSES)
+    ladders = [dict(create("communities").ladder(pool, other)) for other in (0, seed)]
+    assert any((one != other).any() for one, other in zip(*(ladder.values() for ladder in ladders), strict=True))
+
+
 @pytest.mark.parametrize("grouped", [0, 10_000, 100_000])
 def test_ladder_rises_is_repeatable_and_as_modular_as_from_scratch(grouped, monkeypatch):
-    monkeypatch.setattr(communities_module, "GROUPED", grouped)  # in 2 chains, in 4, each rung by itself
+    monkeypatch.setattr(communities_module, "GROUPED", grouped)  # contracted and in 2 chains, in 4, each rung by itself
     n = 2500
     items, classes = mixture(n)
     pool = Pool.of(items, NONE, NO_CLASSES)

@@ -30,7 +30,7 @@ from osml_plugin.metrics import discovery_metrics
 
 SIZES = ("10000x64", "24000x64", "100000x128", "300000x128", "1000000x128")
 STAGES = {"neighbours": (graph_module, "nearest"), "graph": (pool_module, "neighbor_graph")}
-STAGES |= {"rungs": (communities_module, "communities"), "quotients": (communities_module, "quotient")}
+STAGES |= {name: (communities_module, name) for name in ("contracted", "communities", "quotient")}
 PEERS = {"fast-hdbscan": ("fast_hdbscan", "HDBSCAN"), "EVoC": ("evoc", "EVoC")}
 
 
