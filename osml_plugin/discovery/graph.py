@@ -20,7 +20,7 @@ in all it is exact."""
 RECALL = 0.97
 """The share of the nearest neighbours that the cells visited must hold, on trial nodes, where `COMPARED` allows it."""
 N_TRIALS = 128
-ATOM = 50
+ATOM = 25
 """Nodes are taken together first where they would be at a resolution of one part in so many of their number."""
 BLOCK = 8192
 """Rows at a time, so that memory stays linear in the items."""

@@ -49,5 +49,5 @@ class Communities(Method, name="communities"):
             joined = communities(graph, RESOLUTIONS[rung], seed + rung)
             chains[rung % n_chains] = quotient(graph, joined), joined[group_of]
             rungs.append((float(RESOLUTIONS[rung]), joined[group_of]))
-            self.made(len(rungs) / self.n_rungs)
+            self.made(len(rungs) / n_rungs)
         yield from reversed(rungs)
