@@ -100,7 +100,7 @@ class Jobs:
             wanted = job.args["n_classes"]
             if wanted is not None and wanted > len(ids):
                 raise OsmlError(f"there are {len(ids)} unknown items, which cannot be {wanted} classes")
-            links = self._store.links() if wanted is None else {}  # which might not leave so many classes
+            links = self._store.links()
             found = snapshot.recognizer.group(
                 torch.from_numpy(embeddings),
                 n_classes=wanted,

@@ -164,7 +164,8 @@ class DiscoveryIn(_Strict):
         default=None,
         ge=1,
         le=100_000,
-        description="How many classes, where it is known: exactly so many, whatever groups were merged before.",
+        description="How many new classes there are, where it is known: exactly so many. The discovery fails where the "
+        "groups that were merged before leave fewer.",
     )
     seed: int = Field(default=0, ge=0, le=2**31)
 
