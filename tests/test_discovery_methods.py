@@ -308,6 +308,16 @@ def test_every_other_known_class_comes_first():
             assert (groups[pool.of_known[pool.classes == told]] == group).all()
 
 
+def test_told_classes_fall_apart_where_groups_are_too_many():
+    items, true = blobs(6, 40, spread=2.5)
+    pool = pool_of(items, true, true < 4)
+    whole = [
+        all(len(np.unique(groups[pool.of_known[pool.classes == told]])) == 1 for told in (0, 2))
+        for _, groups in create("semi_supervised_kmeans").ladder(pool, 0)
+    ]
+    assert not whole[-1]
+
+
 def test_further_centres_are_different_nodes():
     items = unit(np.random.default_rng(0).normal(size=(12, 16)))
     rng = np.random.default_rng(0)
