@@ -327,6 +327,13 @@ def test_identical_items_are_one_class_unless_more_are_asked_for():
     assert found.n_classes == 7
 
 
+@pytest.mark.parametrize("n_classes", [2, 39])
+def test_identical_items_in_several_classes_have_a_tree(n_classes):
+    found = discover(np.ones((40, 16)), n_classes=n_classes)
+    np.testing.assert_array_equal(found.tree.labels, found.labels)
+    assert found.tree.cut(1).max() == 0
+
+
 def test_many_identical_items_are_quick():
     found = discover(np.ones((100_000, 16)))
     assert found.n_classes == 1 and found.exemplars[0].tolist() == [0]

@@ -19,6 +19,7 @@ from osml_plugin.discovery.graph import (
     ONE_WAY,
     communities,
     contracted,
+    mergers,
     nearest,
     neighbor_graph,
     quotient,
@@ -98,6 +99,16 @@ def test_nearest_of_many_holds_the_recall(spread):
     np.testing.assert_array_equal(nearest(nodes, 16), found)
 
 
+def test_nearest_ones_of_small_cells_are_other_nodes():
+    centres = np.random.default_rng(0).normal(
+        size=(525, 16)
+    )  # as many as cells, so that one cell holds most neighbours
+    nodes = unit(np.repeat(centres, 20, axis=0) + 1e-3 * np.random.default_rng(1).normal(size=(10_500, 16)))
+    found = nearest(nodes, 16)
+    assert (np.diff(np.sort(found, axis=1), axis=1) > 0).all()  # each once
+    assert np.mean(found // 20 == np.arange(10_500)[:, None] // 20) > 0.97
+
+
 def test_nearest_compares_no_more_than_it_may_where_there_is_no_structure(monkeypatch):
     monkeypatch.setattr(graph_module, "COMPARED", 1000)
     nodes = unit(np.random.default_rng(0).normal(size=(4000, 64)))
@@ -166,6 +177,23 @@ def test_large_graph_is_symmetric_and_has_few_links():
 
 
 # Communities -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_nodes", range(2, 60))
+def test_mergers_come_after_what_they_are_of_where_all_are_linked_alike(n_nodes):
+    found = mergers(csr_matrix(np.ones((n_nodes, n_nodes))))
+    assert (found[:, :2].max(axis=1) < np.arange(n_nodes, 2 * n_nodes - 1)).all()
+    assert sorted(found[:, :2].ravel()) == list(range(2 * n_nodes - 2))
+    assert (np.diff(found[:, 2]) >= 0).all() and found[-1, 3] == n_nodes
+
+
+def test_mergers_join_what_is_linked_most_and_last_what_nothing_links():
+    links = np.zeros((5, 5))
+    for a, b, weight in ((0, 1, 9), (0, 2, 1), (1, 2, 1), (3, 4, 9)):
+        links[a, b] = links[b, a] = weight
+    found = mergers(csr_matrix(links))
+    assert [set(pair) for pair in found[:, :2].tolist()] == [{3, 4}, {0, 1}, {2, 6}, {5, 7}]
+    assert np.isfinite(found[:3, 2]).all() and np.isinf(found[3, 2])
 
 
 def test_quotient_keeps_modularity():

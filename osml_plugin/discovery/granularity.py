@@ -11,9 +11,9 @@ from scipy.cluster.hierarchy import cut_tree
 from scipy.sparse import csr_matrix
 from sklearn.metrics import adjusted_rand_score
 from sklearn.metrics.cluster import contingency_matrix
-from sknetwork.hierarchy import Paris
 from tqdm import tqdm
 
+from .graph import mergers
 from .methods import Method
 from .pool import Pool
 
@@ -255,15 +255,12 @@ def persistence(groups: np.ndarray, others: list[np.ndarray]) -> np.ndarray:
 
 
 def merge(graph: csr_matrix, groups: np.ndarray, n_groups: int) -> np.ndarray:
-    """Merge groups that are linked most for their size until `n_groups` of them are left (at most those there are).
-
-    Bonald et al. 2018, "Hierarchical graph clustering using node pair sampling".
-    """
+    """Merge groups that are linked most for their size (see `mergers`) until `n_groups` are left, at most those there
+    are."""
     member = csr_matrix((np.ones(len(groups)), (np.arange(len(groups)), groups)))
     if n_groups >= member.shape[1]:
         return groups
-    tree = Paris().fit_predict(csr_matrix(member.T @ graph @ member))
-    return cut_tree(tree, n_clusters=n_groups)[:, 0][groups]
+    return cut_tree(mergers(csr_matrix(member.T @ graph @ member)), n_clusters=n_groups)[:, 0][groups]
 
 
 def split(nodes: np.ndarray, groups: np.ndarray, n_groups: int) -> np.ndarray:

@@ -9,6 +9,7 @@ import numpy as np
 from scipy.sparse import coo_matrix, csr_matrix
 from scipy.sparse.csgraph import reverse_cuthill_mckee
 from sknetwork.clustering import Louvain
+from sknetwork.hierarchy import Paris
 from tqdm import tqdm
 
 N_NEIGHBORS = 15
@@ -73,11 +74,14 @@ def nearest(nodes: np.ndarray, k: int) -> np.ndarray:
         centres, cell_of = kmeans.centroids, kmeans.index.search(nodes, 1)[1][:, 0]
         sizes = np.bincount(cell_of, minlength=n_cells)
         cells = np.split(cell_of.argsort(kind="stable").astype(np.int32), sizes.cumsum()[:-1])
-        visited = faiss.knn(centres, centres, _n_visited(nodes, k, centres, cell_of))[1]
+        n_visited = _n_visited(nodes, k, centres, cell_of)
+        used = np.flatnonzero(sizes)  # any k of these hold k nodes
+        visited = used[faiss.knn(centres, centres[used], min(max(n_visited, k), len(used)))[1]]
         with tqdm(total=n_nodes, desc="neighbours", unit="item", delay=2, leave=False) as bar:
             for rows, centre, near in zip(cells, centres, visited, strict=True):
                 if len(rows):
-                    among = np.concatenate([cells[cell] for cell in near])
+                    enough = 1 + np.searchsorted(sizes[near].cumsum(), k)
+                    among = np.concatenate([cells[cell] for cell in near[: max(n_visited, enough)]])
                     # About the centre, because ‖x‖² − 2x·y + ‖y‖² loses small distances between long vectors.
                     found[rows] = among[faiss.knn(nodes[rows] - centre, nodes[among] - centre, k)[1]]
                     bar.update(len(rows))
@@ -88,8 +92,8 @@ def nearest(nodes: np.ndarray, k: int) -> np.ndarray:
 
 
 def _n_visited(nodes: np.ndarray, k: int, centres: np.ndarray, cell_of: np.ndarray) -> int:
-    """How many cells, nearest to its own, hold `RECALL` of the k nearest of a node; not more than `COMPARED` allows,
-    and enough for k nodes."""
+    """How many cells, nearest to its own, hold `RECALL` of the k nearest of a node; not more than `COMPARED`
+    allows."""
     most = max(1, COMPARED * len(centres) // len(nodes))
     some = np.random.default_rng(0).choice(len(nodes), N_TRIALS, replace=False)
     ranked = faiss.knn(centres[cell_of[some]], centres, most)[1]
@@ -135,6 +139,25 @@ def quotient(graph: csr_matrix, groups: np.ndarray) -> csr_matrix:
     n_groups = int(groups.max()) + 1
     links = graph.tocoo()
     return coo_matrix((links.data, (groups[links.row], groups[links.col])), shape=(n_groups, n_groups)).tocsr()
+
+
+def mergers(graph: csr_matrix) -> np.ndarray:
+    """The mergers `(M − 1, 4)` of what is linked most for its size, as SciPy has them: none is lower than, or comes
+    before, those that it is of; what no link joins comes last, at infinite height. M is at least 2.
+
+    Bonald et al. 2018, "Hierarchical graph clustering using node pair sampling" (Paris).
+    """
+    found = Paris(reorder=False).fit_predict(graph)
+    n_nodes = len(found) + 1
+    heights = [0.0] * n_nodes
+    for a, b, height, _ in found.tolist():
+        heights.append(max(height, heights[int(a)], heights[int(b)]))  # of equal ones, rounding makes some lower
+    found[:, 2] = heights[n_nodes:]
+    order = np.argsort(found[:, 2], kind="stable")
+    number = np.arange(2 * n_nodes - 1)
+    number[n_nodes + order] = np.arange(n_nodes, 2 * n_nodes - 1)
+    found[:, :2] = number[found[:, :2].astype(int)]
+    return found[order]
 
 
 def own_share(graph: csr_matrix, groups: np.ndarray) -> np.ndarray:

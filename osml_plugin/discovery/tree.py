@@ -12,12 +12,11 @@ import numpy as np
 from scipy.sparse import csr_matrix, diags
 from sklearn.cluster import AgglomerativeClustering
 from sklearn.neighbors import kneighbors_graph
-from sknetwork.hierarchy import Paris
 from tqdm import tqdm
 
 from ..errors import OsmlError
 from .constraints import links_between
-from .graph import N_NEIGHBORS, communities
+from .graph import N_NEIGHBORS, communities, mergers
 
 FEW = 5
 """The fewest items of a part of a group; a smaller one joins the part that it is linked to most."""
@@ -328,7 +327,7 @@ def _merges(
     pairs, heights = [], []
     if between.nnz:
         inner = np.bincount(parts, degree) - np.asarray(between.sum(axis=1)).ravel()
-        merges = Paris().fit_predict(csr_matrix(between + diags(np.maximum(inner, TINY))))
+        merges = mergers(csr_matrix(between + diags(np.maximum(inner, TINY))))
         merges = merges[np.isfinite(merges[:, 2])]
         pairs, heights = merges[:, :2].astype(int).tolist(), (merges[:, 2] / (1 + merges[:, 2])).tolist()
     total, of = list(member.T.astype(vectors.dtype) @ vectors), within.tolist()  # by cosine the same as the mean
