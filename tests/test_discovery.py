@@ -358,6 +358,15 @@ def test_copies_of_an_item_are_no_class_of_their_own():
     assert (found.labels[180:] == found.labels[1]).all()
 
 
+@pytest.mark.parametrize("references", [False, True])
+def test_many_copies_of_one_item_do_not_change_the_number_of_classes(references):
+    items, true = blobs(12, 60, spread=0.5)
+    known = (items[::10], true[::10]) if references else ()
+    how = {"in_gallery": np.zeros(72, dtype=bool)} if references else {}
+    found = discover(np.concatenate([items[1:], np.repeat(items[1:2], 5000, axis=0)]), *known, **how)
+    assert adjusted_rand_score(true[1:], found.labels[: len(items) - 1]) > 0.9
+
+
 def test_one_known_class_and_one_known_item():
     items, true = blobs(4, 50)
     for known in (slice(0, 50), slice(0, 1)):

@@ -23,20 +23,23 @@ LEFT_OUT = -1
 def new_groups(groups: np.ndarray, pool: Pool, in_gallery: np.ndarray) -> np.ndarray:
     """The groups of the unknown items `(N,)` numbered anew; -1 for those of no group, and where known ones lie.
 
-    Shares are compared as well as numbers: there may be many more known items than unknown ones, or fewer.
+    Shares are compared as well as numbers: there may be many more known items than unknown ones, or fewer. Copies count
+    once.
 
     Args:
         groups: `(M,)` the group of each node, from 0; −1: of none.
         in_gallery: `(K,)` bool: the known items whose class can be recognised.
     """
-    mine, theirs = groups[pool.of_item], groups[pool.of_known]
     n_groups = int(groups.max()) + 1
-    unknown = np.bincount(mine[mine >= 0], minlength=n_groups)
-    known = np.bincount(theirs[theirs >= 0], minlength=n_groups)
-    gallery = np.bincount(theirs[in_gallery & (theirs >= 0)], minlength=n_groups)
+
+    def sizes(nodes: np.ndarray) -> np.ndarray:
+        of_each = groups[np.unique(nodes)]
+        return np.bincount(of_each[of_each >= 0], minlength=n_groups)
+
+    unknown, known, gallery = map(sizes, (pool.of_item, pool.of_known, pool.of_known[in_gallery]))
     frequent = (known > 1) & (_share(known) > AT_HOME * _share(unknown))
     new = (unknown > 0) & (AT_HOME * unknown > gallery) & ~frequent
-    return np.append(np.where(new, np.cumsum(new) - 1, LEFT_OUT), LEFT_OUT)[mine]
+    return np.append(np.where(new, np.cumsum(new) - 1, LEFT_OUT), LEFT_OUT)[groups[pool.of_item]]
 
 
 def among_known(pool: Pool, in_gallery: np.ndarray) -> float:

@@ -124,7 +124,8 @@ def climbed(way: Method, pool: Pool, seed: int, progress: Callable[[float], None
             scores.append(bcubed(pool.classes, groups[pool.of_known]))
             if scores[-1].mean() < max(score.mean() for score in scores) / 2:
                 break  # far too fine by now
-    steady = stability([alone(groups)[pool.of_item] for groups in ladder])
+    unknown = np.unique(pool.of_item)  # copies are never parted: many of them would make all rungs stable
+    steady = stability([alone(groups)[unknown] for groups in ladder])
     if scores:
         behind, error = behind_the_best(np.array(scores), pool.classes)
         z = np.divide(behind, error, out=np.where(behind > 0, np.inf, 0), where=error > 0)
