@@ -119,15 +119,16 @@ def _pairs(file: Path | None) -> list[list[str]]:
         return []
     with (
         refusing(f"cannot read the links in '{file}'", "give a CSV of two files a line"),
-        open(file, newline="", encoding="utf-8") as lines,
+        open(file, newline="", encoding="utf-8-sig") as lines,
     ):
-        rows = [row for row in csv.reader(lines) if row]
-    for number, row in enumerate(rows, 1):
+        reader = csv.reader(lines)
+        rows = [(reader.line_num, row) for row in reader if row]
+    for number, row in rows:
         if len(row) != 2:
             raise OsmlError(
                 f"line {number} of '{file}' has {len(row)} fields: expected two files, with a comma between"
             )
-    return [[field.strip() for field in row] for row in rows]
+    return [[field.strip() for field in row] for _, row in rows]
 
 
 def _identities(out: Path | None) -> Identities | None:

@@ -224,6 +224,14 @@ def test_what_others_wrote_stays(osml, bundle, inbox, tmp_path, name):
     assert files_of(out) == before
 
 
+def test_a_discovery_is_not_replaced_by_one_of_a_part_of_it(osml, bundle, inbox, tmp_path):
+    out = tmp_path / "found"
+    assert osml("discover", bundle, inbox, "--n-classes", 2, "--out", out, "--copy")[0] == 0
+    before = files_of(out)
+    fails(osml("discover", bundle, out / "groups" / "00", "--out", out, "--overwrite"), "00' is in", "another --out")
+    assert files_of(out) == before
+
+
 @pytest.mark.parametrize(
     "record", [None, "{", "[]", '{"format": "other", "files": {}}', '{"format": "osml-discovery"}']
 )
@@ -534,6 +542,10 @@ def test_bad_links_and_runs_are_refused_in_one_line(osml, bundle, inbox, tmp_pat
     fails(osml(*run, "--must-link", links), "cannot read the links")
     links.write_text("3/0.png\n")
     fails(osml(*run, "--must-link", links), "line 1", "1 fields")
+    links.write_text("3/0.png,3/1.png\n\n3/0.png\n")
+    fails(osml(*run, "--must-link", links), "line 3", "1 fields")
+    links.write_text("3/0.png,3/0.png\n", encoding="utf-8-sig")  # as spreadsheets save it
+    fails(osml(*run, "--cannot-link", links), "with itself")
     links.write_text("3/0.png,nobody.png\n")
     fails(osml(*run, "--cannot-link", links), "'nobody.png'", "60 items")
     links.write_text("3/0.png,3/0.png\n")

@@ -35,12 +35,14 @@ SHOWN_CLASSES = 10
 
 def check_folder(out: Path, source: Path, overwrite: bool) -> None:
     """Raise OsmlError where `write_discovery` may not write: `out` holds anything but an earlier discovery that is to
-    be replaced, lies inside the data, or has no folder to be in."""
+    be replaced, lies inside the data or around them, or has no folder to be in."""
     real = Path(os.path.realpath(out))
     if real.is_relative_to(os.path.realpath(source)):
         raise OsmlError(
             f"'{out}' is in '{source}', where it would be taken for data the next time: choose another --out"
         )
+    if Path(os.path.realpath(source)).is_relative_to(real):
+        raise OsmlError(f"'{source}' is in '{out}', which would be replaced with it: choose another --out")
     if real.is_dir() and any(real.iterdir()):
         if not overwrite:
             raise OsmlError(f"'{out}' is not empty: choose another --out, or pass --overwrite to replace a discovery")
