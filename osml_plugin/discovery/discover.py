@@ -84,13 +84,15 @@ def discover(
 
     Embeddings are whitened by how the known classes vary (`representation.py`). A graph links every item, known ones
     included, to its 15 nearest; its communities (Louvain) are groups, and a resolution says how fine. Of 24 resolutions
-    the middle one is taken of those that group the known items about as well by class as the best one does (B-cubed F,
-    weighted by the standard error of the difference). Where unknown groups have more items than known classes, that is
-    asked of pools that are thinned until they have as many, and it is the number of classes that is taken over.
+    (of more where there are more than 9,000 items) the middle one is taken of those that group the known items about as
+    well by class as the best one does (B-cubed F, weighted by the standard error of the difference). Where unknown
+    groups have more items than known classes, that is asked of pools that are thinned until they have as many, and it
+    is the number of classes that is taken over.
 
     A group is left out, as one of wrongly rejected known items, if it has three times as many items of the gallery as
-    unknown ones, or a share of all known items three times that of all unknown ones. If the unknown items have, in
-    the median, at least half as many links to the gallery as they would have if they were of its classes, all are.
+    unknown ones, or at least two of the known items and a share of all of them three times that of all unknown ones. If
+    the unknown items have, in the median, at least half as many links to the gallery as they would have if they were of
+    its classes, all are.
 
     With `n_classes` the items that lie among known ones are found in the same way and left out, unless fewer than
     `n_classes` are left. Of the others the coarsest resolution with at least so many groups is taken, and the groups
