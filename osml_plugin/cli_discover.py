@@ -34,7 +34,7 @@ def discover(
     ] = None,
     copy: Annotated[bool, typer.Option("--copy", help="Copy the files into OUT in place of linking them.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the earlier discovery in OUT.")] = False,
-    n_classes: Annotated[int | None, typer.Option(help="How many classes there are, where that is known.")] = None,
+    n_classes: Annotated[int | None, typer.Option(help="How many new classes there are, where known.")] = None,
     method: Annotated[str, typer.Option(help="How to group; a wrong name lists the methods.")] = "auto",
     granularity: Annotated[
         float | None, typer.Option(help="How fine, in the method's terms: near the one that was chosen before.")

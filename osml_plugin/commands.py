@@ -5,6 +5,7 @@ The one that makes the bundle, `train`, is in `pipeline.py`.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from copy import copy
@@ -225,7 +226,7 @@ def discover(
         groups=groups,
         method=method,
         n_recognised=len(readable) - len(kept),
-        update=identify(previous or Identities(), keys, groups.labels),
+        update=identify(previous or Identities(), _lasting(keys, items), groups.labels),
         follows=previous is not None,
         metrics=discovery_metrics(chosen.labels, groups.labels) if chosen.labels is not None else None,
     )
@@ -236,6 +237,11 @@ def _names(items: Items) -> list[str]:
     names = [str(name) for name in (range(len(items)) if items.paths is None else items.paths)]
     times = Counter(names)
     return [name if times[name] == 1 else f"{name}#{i}" for i, name in enumerate(names)]
+
+
+def _lasting(names: list[str], items: Items) -> list[str]:
+    """The names by which items are known to later runs, from wherever these are started."""
+    return names if items.paths is None else [os.path.abspath(name) for name in names]
 
 
 def _short(name: str, source: Path) -> str:

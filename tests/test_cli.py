@@ -167,6 +167,14 @@ def test_images_in_memory_are_recognised_as_their_files_are(workplace, digits_fo
         recognizer.predict([pixels[0] / 255])
 
 
+def test_a_discovery_goes_on_from_whatever_folder_it_is_started(osml, bundle, digits_folder, tmp_path, monkeypatch):
+    run = ["--all", "--n-classes", 2]
+    assert osml("discover", bundle, digits_folder / "7", *run, "--out", tmp_path / "found")[0] == 0
+    monkeypatch.chdir(digits_folder)
+    after = osml("discover", bundle, "7", *run, "--previous", tmp_path / "found", "--json")
+    assert after[0] == 0 and json.loads(after[1])["changes"] == []  # the same files under shorter names
+
+
 def test_discover_enroll_evaluate_forget(osml, bundle, digits_folder):
     status, out, _ = osml("discover", bundle, digits_folder / "7", "--all", "--json")
     found = json.loads(out)
