@@ -151,9 +151,8 @@ def main() -> None:
                 try:
                     found = group(d)
                     seconds = perf_counter() - start
-                    row |= figures(d, found, has_references=way.removesuffix(", told") in names()) | {
-                        "seconds": seconds
-                    }
+                    referred = way.removesuffix(", told") in names()
+                    row |= figures(d, found, has_references=referred) | {"seconds": seconds}
                 except OsmlError as error:
                     row["refused"] = str(error)
                 rows.append(row)
