@@ -13,7 +13,7 @@ from sklearn.metrics import adjusted_rand_score
 from sklearn.metrics.cluster import contingency_matrix
 from tqdm import tqdm
 
-from .graph import mergers
+from .graph import mergers, quotient
 from .methods import Method
 from .pool import Pool
 
@@ -219,8 +219,8 @@ def behind_the_best(scores: np.ndarray, classes: np.ndarray) -> tuple[np.ndarray
     (Liang & Zeger 1986, "Longitudinal data analysis using generalized linear models"): with C of them,
     error² = C / (C − 1) · Σ_c (Σ_{i in c} (d_i − mean d))² / N². Of one class the error is unknown, and taken for 0.
     """
-    behind = scores[scores.mean(axis=1).argmax()] - scores
-    mean = behind.mean(axis=1)
+    means = scores.mean(axis=1).round(12)  # rounding errors shall not part rows that are equally good
+    behind, mean = scores[means.argmax()] - scores, means.max() - means
     of_class = np.stack([np.bincount(classes, row) for row in behind - mean[:, None]])
     n_classes = max(len(np.unique(classes)), 2)
     return mean, np.sqrt(n_classes / (n_classes - 1) * (of_class**2).sum(axis=1)) / scores.shape[1]
@@ -258,10 +258,9 @@ def persistence(groups: np.ndarray, others: list[np.ndarray]) -> np.ndarray:
 def merge(graph: csr_matrix, groups: np.ndarray, n_groups: int) -> np.ndarray:
     """Merge groups that are linked most for their size (see `mergers`) until `n_groups` are left, at most those there
     are."""
-    member = csr_matrix((np.ones(len(groups)), (np.arange(len(groups)), groups)))
-    if n_groups >= member.shape[1]:
+    if n_groups > groups.max():
         return groups
-    return cut_tree(mergers(csr_matrix(member.T @ graph @ member)), n_clusters=n_groups)[:, 0][groups]
+    return cut_tree(mergers(quotient(graph, groups)), n_clusters=n_groups)[:, 0][groups]
 
 
 def split(nodes: np.ndarray, groups: np.ndarray, n_groups: int) -> np.ndarray:
