@@ -29,6 +29,8 @@ ROUNDING = 4e-6
 """Distance, in lengths of the item, that rounding to float32 explains."""
 LINKED = 8
 """Nearest items that each item is linked to; a set of more copies hangs together by its other members."""
+EXACT_UP_TO = 20_000
+"""Items up to which all are compared with all; beyond it only with those in the nearest cells."""
 PAIRS = 400
 """Pairs drawn to measure a class; more would not change its width."""
 
@@ -195,7 +197,7 @@ def _dimensions(ranked: np.ndarray) -> np.ndarray:
 def _nearest(items: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Distances and indices `(n, k)` of the k nearest others of each item."""
     references = torch.from_numpy(items)
-    index = NeighborIndex(references, torch.zeros(len(items), dtype=torch.int64))
+    index = NeighborIndex(references, torch.zeros(len(items), dtype=torch.int64), exact_up_to=EXACT_UP_TO)
     distances, indices = (t.numpy() for t in index.search(references, k + 1))
     # Of identical items the search may name another one first: the item itself is dropped where it stands.
     own = indices == np.arange(len(items))[:, None]
