@@ -22,8 +22,9 @@ from . import detectors, thresholds
 from .config import make_config
 from .errors import OsmlError
 from .gallery import Gallery
+from .known_items import LabelledEmbeddings
 from .preprocessing import Preprocessing
-from .recognizer import LabelledEmbeddings, OpenSetRecognizer
+from .recognizer import OpenSetRecognizer, measured_radius
 from .training import build_model
 
 FORMAT = "osml-bundle"
@@ -92,6 +93,8 @@ class Manifest(_Strict):
     proxy_ids: list[int]
     preprocessing: Preprocessing | None
     held_out_names: dict[Literal["calibration", "validation"], list[str]]
+    copy_radius: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """None: written by 0.1.0, which did not measure it."""
     details: dict[str, Any]
     files: dict[Literal["gallery", "model"], _File]
     sha256: str
@@ -337,8 +340,17 @@ def _recognizer(
     recognizer.proxy_ids = manifest.proxy_ids
     recognizer.calibration = _held_out(gallery, "calibration", manifest.held_out_names)
     recognizer.validation = _held_out(gallery, "validation", manifest.held_out_names)
+    recognizer.copy_radius = _measured(recognizer) if manifest.copy_radius is None else manifest.copy_radius
     recognizer.refit()
     return recognizer
+
+
+def _measured(recognizer: OpenSetRecognizer) -> float:
+    """Radius of near-copies among the references of the training."""
+    gallery = recognizer.gallery
+    trained = (~gallery.enrolled).nonzero()[:, 0]
+    names = tuple(gallery.classes[i] for i in gallery.labels[trained].tolist())
+    return measured_radius(LabelledEmbeddings(gallery.embeddings[trained], names)) if names else 0.0
 
 
 def _load_tensors(path: Path, file: _File) -> dict[str, Tensor]:
@@ -380,6 +392,7 @@ def _manifest(recognizer: OpenSetRecognizer) -> dict[str, Any]:
         "proxy_ids": recognizer.proxy_ids,
         "preprocessing": None if preprocessing is None else vars(preprocessing),
         "held_out_names": {k: sorted(set(h.names)) for k, h in held_out.items() if h is not None},
+        "copy_radius": recognizer.copy_radius,
         "details": recognizer.details,
     }
 

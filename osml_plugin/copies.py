@@ -101,6 +101,28 @@ def representatives(sets: np.ndarray) -> np.ndarray:
     return np.sort(np.unique(sets, return_index=True)[1])
 
 
+def new_items(embeddings: torch.Tensor, references: torch.Tensor, radius: float) -> torch.Tensor:
+    """Indices of the items `(M, D)` that are near-copies neither of a reference `(R, D)` nor of an item before them
+    that is not one itself.
+
+    Items that come one by one are taken and left out as those that come at once.
+    """
+    reach = torch.from_numpy(np.maximum(radius, _rounding(_items(embeddings))))
+    candidates = torch.arange(len(embeddings))
+    if len(references) and len(embeddings):
+        distances = NeighborIndex(references, torch.zeros(len(references), dtype=torch.int64)).search(embeddings, 1)[0]
+        candidates = candidates[distances[:, 0] > reach]
+    if len(candidates) < 2:
+        return candidates
+    nearest = _nearest(_items(embeddings[candidates]), 1)[0][:, 0]
+    crowded = torch.from_numpy(nearest) <= 2 * reach[candidates]  # twice, since another item may reach farther
+    taken: list[int] = []
+    for i in candidates[crowded].tolist():
+        if not ((embeddings[taken] - embeddings[i]).norm(dim=1) <= reach[i]).any():
+            taken.append(i)
+    return torch.cat([candidates[~crowded], torch.tensor(taken, dtype=torch.int64)]).sort().values
+
+
 def radii(embeddings: ArrayLike | torch.Tensor, labels: ArrayLike) -> np.ndarray:
     """Distance `(N,)` below which another item of the class is a near-copy, by the first rule of `copy_sets`.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import UNKNOWN
+from .copies import new_items
 from .errors import OsmlError, unknown_name
 from .neighbors import NeighborIndex
 
@@ -64,19 +65,26 @@ class Gallery:
         """With examples `(M, D)` of a class, old or new."""
         return self.add_all({name: embeddings})
 
-    def add_all(self, examples: Mapping[str, Tensor]) -> Gallery:
-        """With examples `(M, D)` of several classes, in one step."""
+    def add_all(self, examples: Mapping[str, Tensor], copy_radius: float = 0.0) -> Gallery:
+        """With examples `(M, D)` of several classes, in one step.
+
+        An example within `copy_radius` of a reference of its class, or identical to one but for rounding, is a
+        near-copy: it says nothing new and is left out. Examples are taken in their order, so that it makes no
+        difference whether they come at once or one by one.
+        """
         if not examples:
             return self
-        grown, labels = self, [self.labels]
+        grown, labels, added = self, [self.labels], [self.embeddings]
         for name, embeddings in examples.items():
             check_name(name)
             label = {n: i for i, n in grown.classes.items()}.get(name)
             label = grown._new_id(name) if label is None else label
-            labels.append(self.labels.new_full((len(embeddings),), label))
+            new = new_items(embeddings, self.embeddings[self.labels == label], copy_radius)
+            labels.append(self.labels.new_full((len(new),), label))
+            added.append(embeddings[new])
             classes = {**grown.classes, label: name}
             grown = replace(grown, classes=classes, next_id=max(grown.next_id, label + 1))
-        labels, embeddings = torch.cat(labels), torch.cat([self.embeddings, *examples.values()])
+        labels, embeddings = torch.cat(labels), torch.cat(added)
         return replace(
             grown,
             embeddings=embeddings,

@@ -11,18 +11,22 @@ from numpy.typing import ArrayLike
 
 from . import UNKNOWN
 from .errors import OsmlError
-from .names import class_names
+from .names import class_names, item_labels
 
 HIGHEST = 2**63 - 1
 
 
 def read_labels(
-    labels: Sequence | ArrayLike | torch.Tensor, n_items: int, what: str = "labels"
+    labels: Sequence | ArrayLike | torch.Tensor, n_items: int, what: str = "labels", *, unknown: bool = False
 ) -> list[int] | list[str]:
     """The labels `(N,)` of N items, either all as integers or all as names in canonical form.
 
     Integers may be of any type, width and byte order, in an array, a tensor, a pandas Series or a list. Everything else
     that could be read in two ways is refused, since a class that is numbered otherwise gives wrong answers in silence.
+
+    Args:
+        what: the labels' name, for errors.
+        unknown: True also takes the labels of unknown items: -1, '-1' and 'unknown'.
 
     Raises:
         OsmlError: for another shape or number, floating point, booleans, missing values, a mixture of integers and
@@ -32,15 +36,16 @@ def read_labels(
     kinds = {_kind(value) for value in values}
     if kinds <= {"integer"}:
         whole = [int(value) for value in values]
-        if whole and not 0 <= min(whole) <= max(whole) <= HIGHEST:
-            wrong = min(whole) if min(whole) < 0 else max(whole)
+        lowest = UNKNOWN if unknown else 0
+        if whole and not lowest <= min(whole) <= max(whole) <= HIGHEST:
+            wrong = min(whole) if min(whole) < lowest else max(whole)
             raise OsmlError(
                 f"{what} hold {wrong}: classes are numbered from 0 to 2⁶³ − 1, and {UNKNOWN} is the label of what is "
                 "unknown; a recognizer is fitted on known items, leave the others out"
             )
         return whole
     if kinds == {"name"}:
-        return list(class_names(str(value) for value in values))
+        return list((item_labels if unknown else class_names)(str(value) for value in values))
     if kinds == {"integer", "name"}:
         raise OsmlError(f"{what} hold integers and names, expected one kind; write all of them as names")
     row = next(i for i, value in enumerate(values) if _kind(value) not in ("integer", "name"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -16,7 +17,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from . import UNKNOWN, detectors, thresholds
+from . import UNKNOWN, copies, detectors, thresholds
 from .detectors import Detector
 from .detectors.base import check_class_weights, check_embeddings
 from .discovery import Discovery, discover
@@ -24,8 +25,12 @@ from .embedding import embed_dataset, loading_workers
 from .enrolment import EnrolledGroup, examples_of_groups, rehearsed_scores
 from .errors import OsmlError
 from .gallery import Gallery, Neighbor
+from .known_items import LabelledEmbeddings, fit_items
+from .labels import class_ids, read_labels
 from .preprocessing import Preprocessing
 from .thresholds import Conformal, Guarantee, Threshold
+
+logger = logging.getLogger(__name__)
 
 FOLDS = 5
 """Parts into which enrolled examples are cut to score each one by a detector that has not seen it."""
@@ -54,17 +59,6 @@ class Recognition:
 
     def __len__(self) -> int:
         return len(self.labels)
-
-
-@dataclass(frozen=True)
-class LabelledEmbeddings:
-    """Embeddings `(N, D)` and the class name of each."""
-
-    embeddings: Tensor
-    names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 @dataclass
@@ -101,6 +95,8 @@ class OpenSetRecognizer:
     """and of the other."""
     proxy_ids: list[int] = field(default_factory=list, init=False)
     """The class id of each row of `class_weights`."""
+    copy_radius: float = field(default=0.0, init=False)
+    """Distance within which an example that is enrolled is a near-copy of a reference of its class."""
     details: dict[str, Any] = field(default_factory=dict, init=False)
     """Configuration, split and provenance, as the bundle keeps them; plain JSON."""
 
@@ -122,6 +118,8 @@ class OpenSetRecognizer:
         calibration: tuple[ArrayLike, Sequence] | None = None,
         validation: tuple[ArrayLike, Sequence] | None = None,
         class_weights: Tensor | None = None,
+        near_copies: bool = True,
+        copy_radius: float | None = None,
         seed: int = 0,
     ) -> OpenSetRecognizer:
         """Make the gallery, fit the detector on it and the threshold on items that the gallery does not hold.
@@ -129,42 +127,51 @@ class OpenSetRecognizer:
         Args:
             embeddings: `(N, D)` of known items.
             labels: `(N,)` integers or names. Integers stay the ids of their classes; names get 0, 1, … in order.
-            calibration: embeddings and labels of known items that training did not see; None = a fifth of each
-                class is set aside for it.
+            calibration: embeddings and labels of known items that training did not see; None = a fifth of the items
+                is set aside for it, the classes in their proportions.
             validation: embeddings and labels of known and pseudo-unknown items: for thresholds that are chosen on
                 both, and for the granularity of discovery.
             class_weights: the proxies of a classification loss, for detectors that need them; as `Detector.fit`.
+            near_copies: True counts each set of near-copies (`copies.copy_sets`) as one item, in one role; False
+                takes all items for different ones.
+            copy_radius: distance within which an example that is enrolled later is a near-copy of one of its class,
+                and adds nothing; None = measured on these items, and 0 where `near_copies` is False.
+
+        Fewer than 1/α − 1 calibration items cannot carry the rate: nothing is rejected then, and a warning says so.
 
         Raises:
-            OsmlError: for NaN, mismatched lengths or widths, `UNKNOWN` among the labels, fewer than two classes.
+            OsmlError: for NaN, mismatched lengths or widths, labels that are neither integers nor names, `UNKNOWN`
+                among them, fewer than two classes, calibration items of other classes, and calibration items that
+                are references.
         """
         with self._all_or_nothing():
-            data = self._labelled(embeddings, labels)
-            if calibration is None:
-                aside = _held_out(data.names, seed)
-                held = LabelledEmbeddings(data.embeddings[aside], tuple(data.names[i] for i in aside.nonzero()[0]))
-                data = LabelledEmbeddings(data.embeddings[~aside], tuple(data.names[i] for i in (~aside).nonzero()[0]))
-            else:
-                held = self._labelled(*calibration)
-            ids = _class_ids(labels)
+            known = self._labelled(embeddings, labels, "labels")
+            ids = class_ids(read_labels(labels, len(known)))
             if len(ids) < 2:
                 raise OsmlError(f"a recognizer needs at least two known classes; got {len(ids)}: {', '.join(ids)}")
+            held = None if calibration is None else self._labelled(*calibration, "calibration labels")
+            pseudo = None if validation is None else self._labelled(*validation, "validation labels", unknown=True)
+            for aside in (held, pseudo):
+                if aside is not None:
+                    check_same_width(aside.embeddings, known.embeddings.shape[1])
+            items = fit_items(known, held, pseudo, near_copies=near_copies, seed=seed)
             self.gallery = Gallery(
-                embeddings=data.embeddings,
-                labels=torch.tensor([ids[n] for n in data.names]),
+                embeddings=items.references.embeddings,
+                labels=torch.tensor([ids[n] for n in items.references.names]),
                 classes={i: n for n, i in ids.items()},
-                enrolled=torch.zeros(len(data), dtype=torch.bool),
+                enrolled=torch.zeros(len(items.references), dtype=torch.bool),
                 next_id=max(ids.values()) + 1,
             )
-            self.calibration = held
-            self.validation = self._labelled(*validation) if validation is not None else None
+            self.calibration, self.validation = items.calibration, items.validation
+            if copy_radius is None:
+                copy_radius = measured_radius(items.references, items.calibration) if near_copies else 0.0
+            self.copy_radius = copy_radius
             self.class_weights, self.proxy_ids = None, sorted(ids.values())
             if class_weights is not None:
-                self.class_weights = check_class_weights(class_weights, len(ids), data.embeddings)
-            for aside in (held, self.validation):
-                if aside is not None:
-                    self._check_width(aside.embeddings)
+                self.class_weights = check_class_weights(class_weights, len(ids), known.embeddings)
             self.refit()
+        if self.guarantee is not None and not self.guarantee.possible:
+            logger.warning("%s", self.guarantee)
         return self
 
     def enroll(self, name: str, examples: Sequence | ArrayLike) -> OpenSetRecognizer:
@@ -185,7 +192,7 @@ class OpenSetRecognizer:
             if len(embeddings) == 0:
                 raise OsmlError(f"no examples to enrol '{name}' from: give at least one image")
         before = self._fitted_gallery()
-        after = before.add_all(examples)
+        after = before.add_all(examples, self.copy_radius)
         self._change(after, lambda: self._grown_detector(before, after))
         return self
 
@@ -399,8 +406,7 @@ class OpenSetRecognizer:
         return self.gallery
 
     def _check_width(self, embeddings: Tensor) -> None:
-        if embeddings.shape[1] != self._width:
-            raise OsmlError(f"embeddings are {embeddings.shape[1]} wide, but the gallery's are {self._width}")
+        check_same_width(embeddings, self._width)
 
     def _check_input_width(self, vectors: Tensor) -> None:
         expected = self.details.get("input", {}).get("size", vectors.shape[1])
@@ -409,12 +415,12 @@ class OpenSetRecognizer:
                 f"embeddings are {vectors.shape[1]} wide, but this recognizer was trained on embeddings of {expected}"
             )
 
-    def _labelled(self, embeddings: ArrayLike, labels: Sequence | ArrayLike) -> LabelledEmbeddings:
+    def _labelled(
+        self, embeddings: ArrayLike, labels: Sequence | ArrayLike, what: str, *, unknown: bool = False
+    ) -> LabelledEmbeddings:
         embeddings = check_embeddings(embeddings).cpu()
-        names = tuple(str(n) for n in (labels.tolist() if hasattr(labels, "tolist") else labels))
-        if len(names) != len(embeddings):
-            raise OsmlError(f"{len(names)} labels for {len(embeddings)} embeddings: expected one for each")
-        return LabelledEmbeddings(embeddings, names)
+        names = read_labels(labels, len(embeddings), what, unknown=unknown)
+        return LabelledEmbeddings(embeddings, tuple(map(str, names)))
 
     def _change(self, gallery: Gallery, changed: Callable[[], Detector]) -> None:
         """Take another gallery, and the detector that was `changed` for it."""
@@ -445,6 +451,8 @@ class OpenSetRecognizer:
 
     def _grown_detector(self, before: Gallery, after: Gallery) -> Detector:
         """The detector for a gallery that has grown, from that for the one before."""
+        if len(after) == len(before):
+            return self.detector
         if not self._incremental:
             return self._fitted_detector(after)
         new = slice(len(before), None)
@@ -512,30 +520,18 @@ class OpenSetRecognizer:
         return thresholds.p_values(scores, self.calibration_scores)
 
 
+def check_same_width(embeddings: Tensor, width: int) -> None:
+    """Raise `OsmlError` unless embeddings `(N, D)` are as wide as the references."""
+    if embeddings.shape[1] != width:
+        raise OsmlError(f"embeddings are {embeddings.shape[1]} wide, but the gallery's are {width}")
+
+
+def measured_radius(*parts: LabelledEmbeddings) -> float:
+    """Radius of near-copies among all these known items."""
+    names = [name for items in parts for name in items.names]
+    return copies.copy_radius(torch.cat([items.embeddings for items in parts]), names)
+
+
 def _nameless(held: LabelledEmbeddings | None, name: str) -> LabelledEmbeddings | None:
     """Held-out items with a name that no class can have in place of this one."""
     return held and replace(held, names=tuple(f" {n}" if n == name else n for n in held.names))
-
-
-def _class_ids(labels: Sequence | ArrayLike) -> dict[str, int]:
-    """The id of each class name: integers are their own, names are numbered in order."""
-    values = labels.tolist() if hasattr(labels, "tolist") else list(labels)
-    if all(isinstance(v, int | np.integer) and not isinstance(v, bool) for v in values):
-        if any(v < 0 for v in values):
-            raise OsmlError(
-                f"labels hold {min(values)}: classes are numbered from 0, and {UNKNOWN} is the label of what is "
-                "unknown; a recognizer is fitted on known items, leave the others out"
-            )
-        return {str(v): int(v) for v in sorted(set(values))}
-    return {n: i for i, n in enumerate(sorted({str(v) for v in values}))}
-
-
-def _held_out(names: Sequence[str], seed: int) -> np.ndarray:
-    """Bool `(N,)`: a fifth of each class, at least one of every class that has two."""
-    names = np.array(names)
-    aside = np.zeros(len(names), dtype=bool)
-    draw = np.random.default_rng(seed)
-    for name in np.unique(names):
-        members = draw.permutation(np.flatnonzero(names == name))
-        aside[members[: max(len(members) // 5, int(len(members) > 1))]] = True
-    return aside

@@ -6,6 +6,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
@@ -159,3 +160,20 @@ def test_the_radius_of_a_new_class_is_that_of_the_narrowest():
     items, labels = drawn()
     items[labels == 2] = (items[labels == 2] - items[labels == 2].mean(axis=0)) / 4
     assert copy_radius(items, labels) == pytest.approx(radii(items, labels)[labels == 2].min())
+
+
+@settings(max_examples=50)
+@given(st.integers(0, 200), st.integers(1, 4), st.floats(0, 0.3))
+def test_new_items_are_taken_one_by_one(seed, times, radius):
+    items, labels, _ = copied(*drawn(1, 8, width=3, seed=seed), times, 1e-2, seed)
+    embeddings = torch.from_numpy(items[np.random.default_rng(seed).permutation(len(items))])
+    references, rest = embeddings[:5], embeddings[5:]
+    taken = []
+    for i, item in enumerate(rest):
+        if all(
+            (item - other).norm() > max(radius, copies.ROUNDING * item.norm()) for other in [*references, *rest[taken]]
+        ):
+            taken.append(i)
+    assert copies.new_items(rest, references, radius).tolist() == taken
+    assert copies.new_items(rest, references[:0], 1e9).tolist() == [0]
+    assert copies.new_items(rest[:0], references, radius).tolist() == []
