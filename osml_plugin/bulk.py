@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from .commands import open_recognizer
 from .errors import OsmlError
+from .preprocessing import rendering_of
 from .recognizer import OpenSetRecognizer
 from .registry import refusing
 
@@ -124,7 +125,7 @@ def _run(run, question, model, data, out, folder, skip_bad, factories, overwrite
     with _aside(out, folder, overwrite) as aside:
         recognizer = open_recognizer(model, factories)
         source = open_source(data, [*question.columns.names, "item", "error", INPUT])
-        work = Work(question, _form(recognizer, source), skip_bad)
+        work = Work(question, _form(recognizer, source), skip_bad, rendering_of(recognizer.preprocessing))
         # Ray takes a while until the first are done: it is to be seen that something is going on.
         delay = 0 if folder else 1
         bar = tqdm(total=source.n, desc=question.title, unit=" items", delay=delay, disable=not progress)

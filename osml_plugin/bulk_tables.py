@@ -127,10 +127,10 @@ def open_source(data: Path, taken: Collection[str]) -> Source:
 
 
 def _walk(folder: Path) -> tuple[list[Rows], list[Path]]:
-    """The images below a folder, and the Parquet files, by name; what is hidden is left out."""
-    from .data.sources import IMAGE_SUFFIXES
+    """The images below a folder, and the Parquet files, by name; see `data.folders.walk`."""
+    from .data.folders import LeftOut, suffix_of, walk
 
-    images, tables, names = [], [], []
+    images, tables, names, left_out = [], [], [], LeftOut()
 
     def add() -> None:
         try:
@@ -139,18 +139,18 @@ def _walk(folder: Path) -> tuple[list[Rows], list[Path]]:
             raise OsmlError(f"a file has the name {error.object!r}, which is no text: rename it in UTF-8") from error
         names.clear()
 
-    for where, folders, files in tqdm(os.walk(folder), desc="listing folders", delay=2, leave=False):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        for name in sorted(f for f in files if not f.startswith(".")):
-            suffix = os.path.splitext(name)[1].lower()
-            if suffix == ".parquet":
+    for where, taken, others in tqdm(walk(folder, also=(".parquet",)), desc="listing folders", delay=2, leave=False):
+        left_out.add(where, others, len(taken))
+        for name in taken:
+            if suffix_of(name) == ".parquet":
                 tables.append(Path(where, name))
-            elif suffix in IMAGE_SUFFIXES:
-                names.append(os.path.join(where, name))
-                if len(names) == CHUNK:
-                    add()
+                continue
+            names.append(os.path.join(where, name))
+            if len(names) == CHUNK:
+                add()
     if names:
         add()
+    left_out.tell(folder, "folder")
     return images, tables
 
 

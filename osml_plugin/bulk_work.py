@@ -14,7 +14,7 @@ import pyarrow as pa
 import torch
 
 from .bulk_tables import INPUT
-from .data import read_image
+from .data import Rendering, read_image
 from .errors import OsmlError
 from .recognizer import OpenSetRecognizer
 
@@ -72,11 +72,12 @@ class Work:
     form: tuple[int, ...]
     """Shape of one item as the recognizer takes it: uint8 pixels `(C, H, W)`, or an embedding `(D,)`."""
     skip_bad: bool
+    rendering: Rendering
 
     def decode(self, table: pa.Table, each: Callable = map) -> pa.Table:
         """`INPUT` becomes the bytes of what the recognizer takes, null where the new column `error` has a reason."""
         values = table[INPUT].to_numpy(zero_copy_only=False)
-        contents, errors = zip(*each(partial(_content, form=self.form), values), strict=True)
+        contents, errors = zip(*each(partial(_content, form=self.form, rendering=self.rendering), values), strict=True)
         bad = next((row for row, reason in enumerate(errors) if reason is not None), None)
         if bad is not None and not self.skip_bad:
             name = table["path"][bad] if "path" in table.column_names else f"item {table['item'][bad]}"
@@ -98,14 +99,16 @@ class Work:
         return pa.table(rows | {name: found[name] for name in found.column_names} | {"error": table["error"]})
 
 
-def _content(value: str | bytes | np.ndarray | None, form: tuple[int, ...]) -> tuple[bytes | None, str | None]:
+def _content(
+    value: str | bytes | np.ndarray | None, form: tuple[int, ...], rendering: Rendering
+) -> tuple[bytes | None, str | None]:
     """The bytes of pixels or of an embedding, or the reason why there are none."""
     if value is None:
         return None, "the cell is empty"
     if isinstance(value, str | bytes):
         file, name = (value, value) if isinstance(value, str) else (io.BytesIO(value), "")
         try:
-            return read_image(file, *form[:2]).numpy().tobytes(), None
+            return read_image(file, *form[:2], rendering).numpy().tobytes(), None
         except OsmlError as error:
             return None, str(error).removeprefix(f"cannot read the image '{name}': ")
     vector = np.asarray(value, dtype=np.float32)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import detectors, thresholds
 from .config import make_config
+from .data.pixels import DEEP, parse_color
 from .errors import OsmlError
 from .gallery import Gallery
 from .known_items import LabelledEmbeddings
@@ -99,6 +100,12 @@ class Manifest(_Strict):
     files: dict[Literal["gallery", "model"], _File]
     sha256: str
 
+    @field_validator("preprocessing", mode="before")
+    @classmethod
+    def _as_it_was_trained(cls, made: Any) -> Any:
+        """A bundle without a ground was trained on images whose transparency was dropped."""
+        return {"background": None, **made} if isinstance(made, dict) else made
+
     @field_validator("preprocessing")
     @classmethod
     def _fits_images(cls, made: Preprocessing | None) -> Preprocessing | None:
@@ -106,6 +113,10 @@ class Manifest(_Strict):
             raise ValueError("expected a size above 0 and 1 or 3 channels")
         if made and not len(made.mean) == len(made.std) == made.channels:
             raise ValueError("expected a mean and a std for each channel")
+        if made and not 8 <= made.bit_depth <= DEEP:
+            raise ValueError("expected a bit depth of 8 to 16")
+        if made and made.background is not None:
+            parse_color(made.background)
         return made
 
     @property

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 
 from . import UNKNOWN, detectors
-from .bundle import bundle_lock, load_bundle, save_bundle
+from .bundle import bundle_lock, load_bundle, read_manifest, save_bundle
 from .checkpoints import Checkpoint, find_checkpoints
-from .data import Items, Split, open_items, readable_items, test_indices, write_embeddings
+from .data import Items, Split, check_pictures, open_items, readable_items, test_indices, write_embeddings
+from .data.pixels import ON_WHITE, Rendering
 from .discovery import Constraints, Discovery, Identities, Update, identify
 from .discovery.methods import create
 from .embedding import default_device, embed_dataset
@@ -29,6 +30,7 @@ from .evaluation import Evaluation, evaluate_embeddings
 from .jacobian_diagnostics import Diagnostics, Network, diagnose
 from .metrics import DiscoveryMetrics, discovery_metrics
 from .metrics.discovery import LEFT_OUT
+from .preprocessing import rendering_of
 from .recognizer import OpenSetRecognizer, Recognition
 from .tracking import download_bundle, is_model_uri
 
@@ -118,6 +120,8 @@ class DiscoverResult:
     follows: bool
     """Whether there was an earlier run."""
     metrics: DiscoveryMetrics | None
+    rendering: Rendering = ON_WHITE
+    """How the recognizer sees image files."""
 
     @property
     def ids(self) -> list[int]:
@@ -229,6 +233,7 @@ def discover(
         update=identify(previous or Identities(), _lasting(keys, items), groups.labels),
         follows=previous is not None,
         metrics=discovery_metrics(chosen.labels, groups.labels) if chosen.labels is not None else None,
+        rendering=rendering_of(recognizer.preprocessing),
     )
 
 
@@ -286,7 +291,10 @@ def enroll(
 ) -> OpenSetRecognizer:
     """Teach a bundle a class, or more of one, from images, folders or an embeddings file; it is changed in place."""
     _check_changeable(model)
-    items, _ = readable_items(_collect(paths), skip_bad, progress)
+    rendering = rendering_of(read_manifest(model).preprocessing)
+    items, survey = readable_items(_collect(paths), skip_bad, progress, rendering.background)
+    if survey is not None:
+        check_pictures(items, survey, rendering.bit_depth)
     with bundle_lock(model):
         recognizer = load_bundle(model, factories=factories)
         recognizer.enroll(name, _inputs(items))

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from . import detectors, optimizers, pml, thresholds, trunks
+from .data.pixels import Color, parse_color
 from .data.roles import Fractions
 from .registry import check_arguments
 from .schema import NamedPart, Part, Section, apply_override, checked, read_yaml
@@ -20,11 +21,26 @@ class DataConfig(Section):
     image_size: Literal["auto"] | Annotated[int, Field(ge=4, le=2048)] = "auto"
     """Side in pixels; auto = the images' own up to 64, else 224."""
     channels: Literal["auto", 1, 3] = "auto"
+    background: str | list[int] = "white"
+    """The ground that transparent images are composed on: a name, "#rrggbb" or [red, green, blue] in 0..255."""
+    bit_depth: Literal["auto"] | Annotated[int, Field(ge=8, le=16)] = "auto"
+    """Bits that the values of 16-bit files fill, such as 12; auto = those that the known images fill."""
     augment: Literal["auto", "none"] | list[dict[str, Any]] = "auto"
     """auto, none, or a list of torchvision transforms by name: `[{name: RandomRotation, degrees: 10}]`."""
     fractions: Fractions = Fractions()
     """How each known class is cut into data roles where the data do not say."""
     workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+
+    @field_validator("background")
+    @classmethod
+    def _is_a_color(cls, color: str | list[int]) -> str | list[int]:
+        parse_color(color)
+        return color
+
+    @property
+    def ground(self) -> Color:
+        """RGB of the background, in 0..255."""
+        return parse_color(self.background)
 
 
 class ModelConfig(Section):

@@ -10,8 +10,10 @@ import numpy as np
 from torch import Tensor
 
 from . import UNKNOWN
+from .data import ON_WHITE, Rendering
 from .discovery import Discovery
 from .metrics import DiscoveryMetrics, OpenSetMetrics, discovery_metrics, open_set_metrics
+from .preprocessing import rendering_of
 from .recognizer import OpenSetRecognizer, Recognition
 from .thresholds.base import written
 
@@ -37,6 +39,8 @@ class Evaluation:
     embeddings: Tensor
     groups: Discovery | None
     """Of the items of unknown classes, in their order."""
+    rendering: Rendering = ON_WHITE
+    """How the recognizer sees image files."""
 
     def to_dict(self) -> dict[str, Any]:
         """The object that `osml evaluate --json` prints."""
@@ -86,4 +90,5 @@ def evaluate_embeddings(
         labels=labels,
         embeddings=embeddings,
         groups=groups,
+        rendering=rendering_of(recognizer.preprocessing),
     )

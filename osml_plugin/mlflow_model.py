@@ -54,17 +54,17 @@ class Recognizer(mlflow.pyfunc.PythonModel):
         """uint8 `(N, C, H, W)`, as the network takes them."""
         if not isinstance(table, pd.DataFrame) or "image" not in table:
             raise ValueError("expected a data frame with a column 'image' of encoded images")
-        form = self.recognizer.preprocessing.channels, self.recognizer.preprocessing.size
-        rows = [_decoded(row, image, *form) for row, image in enumerate(table["image"])]
+        form = self.recognizer.preprocessing.form
+        rows = [_decoded(row, image, form) for row, image in enumerate(table["image"])]
         return torch.stack(rows) if rows else torch.empty(0, form[0], form[1], form[1], dtype=torch.uint8)
 
 
-def _decoded(row, image, channels, size):
+def _decoded(row, image, form):
     try:
         content = base64.b64decode(image, validate=True) if isinstance(image, str) else bytes(image)
         with Image.open(io.BytesIO(content), formats=FORMATS):
             pass  # others are refused before anything is decoded
-        return read_image(io.BytesIO(content), channels, size)
+        return read_image(io.BytesIO(content), *form)
     except Image.UnidentifiedImageError as error:
         raise ValueError(f"row {row}: the bytes are no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image") from error
     except (TypeError, binascii.Error) as error:

@@ -8,17 +8,29 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from . import detectors, pml, thresholds
 from .bundle import MANIFEST, check_writable, save_bundle
 from .checkpoints import CheckpointWriter
 from .config import Config, load_config
-from .data import Items, Split, TrainingRoles, draw_split, open_items, readable_items, training_roles
+from .data import (
+    Items,
+    Split,
+    TrainingRoles,
+    check_pictures,
+    draw_split,
+    open_items,
+    readable_items,
+    tell_shared_files,
+    training_roles,
+)
 from .errors import OsmlError
 from .recognizer import OpenSetRecognizer
 from .selection import DEFAULT, Cached, Candidate, has_unknown, select
 from .selection import candidates as detector_candidates
 from .training import epochs
-from .training_data import TrainingData
+from .training_data import TrainingData, bit_depth_of
 from .training_run import TrainingRun
 
 
@@ -75,10 +87,14 @@ def train(
     config = _config(config, overrides, seed, alpha)
     items = open_items(data)
     split = split_of(split, items, n_known, config.seed)
-    items, survey = readable_items(items, skip_bad, progress)
+    items, survey = readable_items(items, skip_bad, progress, config.data.ground)
     roles = roles_of(items, split, config)
     check_choices(config, split, epochs(config, 0 if survey is None else 1))
     check_writable(out)
+    tell_shared_files(items)
+    if survey is not None:
+        used = survey.of(np.concatenate([roles.train, roles.calibration, roles.validation]))
+        check_pictures(items, survey, bit_depth_of(config, used))
 
     run = TrainingRun(TrainingData(items, split, roles, survey, config), config, device=device, progress=progress)
     data, hook, checkpoints = run.data, None, None

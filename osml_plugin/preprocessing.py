@@ -12,20 +12,33 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .data.images import convert_image, read_image, to_float
+from .data.pixels import DEEP, ON_WHITE, WHITE, Color, Rendering
 from .errors import OsmlError
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Side in pixels, channels (1 grey, 3 RGB), and the mean and standard deviation of each channel in [0, 1]."""
+    """Side in pixels, channels (1 grey, 3 RGB), the mean and standard deviation of each channel in [0, 1], and how
+    transparency and 16-bit samples become 8-bit pixels (see `Rendering`)."""
 
     size: int
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    background: Color | None = WHITE
+    bit_depth: int = DEEP
+
+    @property
+    def rendering(self) -> Rendering:
+        return Rendering(self.background, self.bit_depth)
+
+    @property
+    def form(self) -> tuple[int, int, Rendering]:
+        """Channels, side and rendering: what `read_image` takes after the file."""
+        return self.channels, self.size, self.rendering
 
     def dataset(self, images: Sequence) -> Dataset:
-        """Network inputs of images: files, open binary files, PIL images, or uint8 arrays `(H, W[, C])`."""
+        """Network inputs of images: files, open binary files, PIL images, or uint8 or uint16 arrays `(H, W[, C])`."""
         return _Inputs(images, self)
 
     def from_tensor(self, images: Tensor) -> Tensor:
@@ -39,6 +52,11 @@ class Preprocessing:
         return to_float(self.mean, self.std)(images)
 
 
+def rendering_of(preprocessing: Preprocessing | None) -> Rendering:
+    """The rendering of image files; the usual one for a recognizer of embeddings, which sees none."""
+    return ON_WHITE if preprocessing is None else preprocessing.rendering
+
+
 class _Inputs(Dataset):
     def __init__(self, images: Sequence, preprocessing: Preprocessing):
         self.images = images
@@ -49,6 +67,6 @@ class _Inputs(Dataset):
         return len(self.images)
 
     def __getitem__(self, i: int) -> Tensor:
-        image, form = self.images[i], (self.preprocessing.channels, self.preprocessing.size)
+        image, form = self.images[i], self.preprocessing.form
         in_memory = isinstance(image, np.ndarray | Image.Image)
         return self.transform(convert_image(image, *form) if in_memory else read_image(image, *form))

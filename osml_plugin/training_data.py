@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,17 @@ from torchvision.transforms import v2
 
 from . import UNKNOWN
 from .config import Config
-from .data import ImageDataset, ImageSurvey, Items, Split, TrainingRoles, augmentation, normalisation, to_float
+from .data import (
+    ImageDataset,
+    ImageSurvey,
+    Items,
+    Rendering,
+    Split,
+    TrainingRoles,
+    augmentation,
+    normalisation,
+    to_float,
+)
 from .embedding import EmbeddingModel, embed_dataset, loading_workers
 from .feature_cache import cached_features, features_key
 from .hooks import OpenSetHook
@@ -75,14 +87,12 @@ class TrainingData:
                 tensors = torch.from_numpy(items.embeddings[of]), torch.from_numpy(self.labels[role])
                 self.sets[role] = TensorDataset(*tensors)
             return
-        self.channels, self.size = self._input(survey.of(self.used))
+        self.channels, self.size, self.rendering = self._input(survey.of(self.used))
         for role, of in self.indices.items():
             images = None
             if self.shared is not None and self.shared.images is not None:
                 images = torch.from_numpy(self.shared.images[of])
-            self.sets[role] = ImageDataset(
-                [items.paths[i] for i in of], self.labels[role], channels=self.channels, size=self.size, images=images
-            )
+            self.sets[role] = self._dataset([items.paths[i] for i in of], self.labels[role], images)
         self.preprocessing = self.shared.preprocessing if self.shared is not None else self._preprocessing()
         transform = to_float(self.preprocessing.mean, self.preprocessing.std)
         for images in self.sets.values():
@@ -92,23 +102,30 @@ class TrainingData:
         elif self.sets["train"].images is None:
             self.workers = loading_workers(len(self.sets["train"]))
 
-    def _input(self, used: ImageSurvey) -> tuple[int, int]:
-        """Channels and size of the images as the network takes them."""
+    def _dataset(
+        self, paths: Sequence[Path], labels: np.ndarray | None = None, images: torch.Tensor | None = None
+    ) -> ImageDataset:
+        form = {"channels": self.channels, "size": self.size, "rendering": self.rendering}
+        return ImageDataset(paths, labels, images=images, **form)
+
+    def _input(self, used: ImageSurvey) -> tuple[int, int, Rendering]:
+        """Channels, size and rendering of the images as the network takes them."""
         if self.shared is not None:
-            return self.shared.preprocessing.channels, self.shared.preprocessing.size
+            return self.shared.preprocessing.form
         config = self.config
         size = used.size if config.data.image_size == "auto" else config.data.image_size
         trunk = config.model.trunk.name
         # Trunks other than the small one are made for RGB.
         auto = used.channels if trunk == "small_cnn" or (trunk == "auto" and size <= 64) else 3
-        return auto if config.data.channels == "auto" else config.data.channels, size
+        channels = auto if config.data.channels == "auto" else config.data.channels
+        return channels, size, Rendering(config.data.ground, bit_depth_of(config, used))
 
     def _preprocessing(self) -> Preprocessing:
         if self.config.model.weights is not None and self.channels == 3:
             mean, std = IMAGENET
         else:
             mean, std = normalisation(self._sample())
-        return Preprocessing(self.size, self.channels, tuple(mean), tuple(std))
+        return Preprocessing(self.size, self.channels, tuple(mean), tuple(std), **asdict(self.rendering))
 
     def share(self, items: Items, model: EmbeddingModel | None, device: str | None, progress: bool) -> Shared:
         """What other trainings on `items`, those that this one's indices mean, can share.
@@ -116,7 +133,7 @@ class TrainingData:
         Args:
             model: with a frozen trunk, the one whose features are wanted.
         """
-        everything = ImageDataset(items.paths, None, channels=self.channels, size=self.size)
+        everything = self._dataset(items.paths)
         images = None if everything.images is None else everything.images.numpy()
         features = None
         if self.frozen and model is not None:
@@ -196,11 +213,17 @@ class TrainingData:
         if train.images is not None:
             return train.images
         some = train.paths[:: max(1, len(train) // n)]
-        return ImageDataset(some, None, channels=self.channels, size=self.size).images
+        return self._dataset(some).images
+
+
+def bit_depth_of(config: Config, used: ImageSurvey) -> int:
+    """Bits that the values of 16-bit files are taken to fill, from the images that a model may be chosen by."""
+    return used.bit_depth if config.data.bit_depth == "auto" else config.data.bit_depth
 
 
 def network_settings(config: Config) -> dict[str, Any]:
     """The part of a configuration that decides what a frozen trunk makes of an image."""
     model = config.model.model_dump(include={"trunk", "weights", "frozen"})
     seed = config.seed if config.model.weights is None else None  # random weights are drawn by it
-    return {"data": config.data.model_dump(include={"image_size", "channels"}), "model": model, "seed": seed}
+    data = config.data.model_dump(include={"image_size", "channels", "background", "bit_depth"})
+    return {"data": data, "model": model, "seed": seed}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
@@ -23,10 +22,6 @@ READS = 100_000
 SCANS = 100
 """Of a progressive JPEG, each of which goes over all pixels and may be a few bytes; ten are usual."""
 
-# Python remembers every text that it warned with, and Pillow's have numbers from the file in them. What it warns of is
-# either checked here (too many pixels) or no matter (odd EXIF).
-warnings.filterwarnings("ignore", module=r"PIL\.")
-
 
 class BadImage(OsmlError):
     """An image that cannot be taken, and why, in one line."""
@@ -43,7 +38,7 @@ def decode(content: bytes, preprocessing: Preprocessing, limits: Limits) -> tupl
         file = io.BytesIO(content) if len(content) <= READS else _Pieces(content)
         with Image.open(file, formats=FORMATS) as image:
             _check(image, content, limits)
-            return decode_opened(image, preprocessing.channels, preprocessing.size), MEDIA_TYPES[image.format]
+            return decode_opened(image, *preprocessing.form), MEDIA_TYPES[image.format]
     except Exception as error:  # Pillow's decoders raise whatever they stumble on
         raise BadImage(f"the image cannot be read: {_reason(error, limits)}") from None
 

@@ -19,11 +19,12 @@ from ray import tune
 
 from osml_plugin import commands, tracking
 from osml_plugin.config import Config
-from osml_plugin.data import Items, Split, open_items, readable_items
+from osml_plugin.data import Items, Split, check_pictures, open_items, readable_items, tell_shared_files
 from osml_plugin.errors import OsmlError
 from osml_plugin.pipeline import check_choices, split_of, threshold_of
 from osml_plugin.schema import apply_override, checked, read_yaml
 from osml_plugin.training import epochs
+from osml_plugin.training_data import bit_depth_of
 
 from .asked import ASKED, Asked, sweep_lock, write_json
 from .cluster_session import ray_session
@@ -204,11 +205,14 @@ def prepare(
         )
     items = open_items(source)
     split = split_of(split, items, n_known, config.seed)
-    items, survey = readable_items(items, skip_bad, progress)
+    items, survey = readable_items(items, skip_bad, progress, config.data.ground)
     n_epochs = epochs(config, 0 if survey is None else 1)
     if config.training.patience is not None:
         raise OsmlError("training.patience has no place in a sweep, whose scheduler stops trials: leave it out")
     data = sweep_data(items, survey, split, config, settings.folds)
+    tell_shared_files(items)
+    if survey is not None:
+        check_pictures(items, survey, bit_depth_of(config, data.survey))
     plan = Plan(settings, space, n_epochs)
     if settings.winner == "as-is" and not data.own:
         raise OsmlError(

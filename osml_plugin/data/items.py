@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import OsmlError
+from .folders import is_special
 from .threads import in_threads
 
 ROLES = ("train", "calibration", "validation", "test")
@@ -101,6 +102,8 @@ _NO_TEXT = ("Cc", "Cs", "Zl", "Zp")  # control characters, surrogates, separator
 
 
 def _file_digest(path: Path) -> bytes:
+    if is_special(path):
+        raise OsmlError(f"cannot read '{path}': no regular file; remove it")
     try:
         return blake2b(path.read_bytes(), digest_size=8).digest()
     except OSError as error:

@@ -14,9 +14,18 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from ..errors import OsmlError
+from .folders import (
+    IMAGE_SUFFIXES,
+    UNREAD_PICTURES,
+    LeftOut,
+    images_below,
+    images_in,
+    in_words,
+    is_special,
+    subfolders,
+)
 from .items import ROLES, Items, check_class_names
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm"})
 KINDS = (
     "a folder of class folders with images, a .csv or .parquet manifest (path,label[,role]), "
     "or a .npz or .safetensors file of embeddings"
@@ -33,10 +42,11 @@ def open_items(path: str | Path, *, labelled: bool = True) -> Items:
     - `.npz`, `.safetensors`: `embeddings` (N, D), `labels`, optional `roles` and `paths`
       (for safetensors: integer `labels`, and JSON lists `class_names`, `roles`, `paths` in the metadata).
 
-    `labelled=False` also takes what has no labels: a flat folder of images, one image, a manifest or
+    `labelled=False` also takes what has no labels: images at any depth of a folder, one image, a manifest or
     embeddings without them; labels that are there are kept. Items of folders are sorted by path; those of
-    files keep their order. Hidden files, files that are no images and linked folders inside a class folder
-    are ignored. Raises `OsmlError`.
+    files keep their order. Linked folders are followed. Hidden files and the thumbnails, bins and settings that boxes
+    and systems keep beside pictures are passed over; other files that are no images are left out, and one line is
+    logged that says how many. Raises `OsmlError`.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -44,10 +54,14 @@ def open_items(path: str | Path, *, labelled: bool = True) -> Items:
         raise OsmlError(f"no file or folder '{path}'; expected {KINDS}")
     if path.is_dir():
         return _open_folder(path, labelled)
+    if is_special(path):
+        raise OsmlError(f"'{path}' is no regular file; expected {KINDS}")
     if suffix in (".csv", ".parquet"):
         return _open_manifest(path, labelled)
     if suffix in (".npz", ".safetensors"):
         return _open_embeddings(path, labelled)
+    if suffix in UNREAD_PICTURES:
+        raise OsmlError(f"'{path}' is a picture that cannot be read here: convert it to JPEG or PNG")
     if suffix not in IMAGE_SUFFIXES:
         raise OsmlError(f"cannot tell what '{path}' holds from its suffix '{path.suffix}'; expected {KINDS}")
     if labelled:
@@ -59,79 +73,82 @@ def open_items(path: str | Path, *, labelled: bool = True) -> Items:
 
 
 def _open_folder(root: Path, labelled: bool) -> Items:
-    folders = _subfolders(root)
-    images = _images_in(root)
+    left_out = LeftOut()
+    try:
+        items = _open_classes(root, left_out, labelled)
+    except OsmlError:
+        if labelled:
+            raise
+        # An inbox: images and folders in any order, which are no classes.
+        left_out = LeftOut()
+        images = images_below(root, left_out)
+        if not images:
+            raise OsmlError(_no_images(f"folder '{root}'", left_out)) from None
+        items = Items(None, tuple(images), None, None)
+    left_out.tell(root, "folder" if items.labels is None else "class")
+    return items
+
+
+def _open_classes(root: Path, left_out: LeftOut, labelled: bool) -> Items:
+    folders, beside = subfolders(root), LeftOut()
+    images = images_in(root, beside)
     if not folders:
         if not images:
-            raise OsmlError(f"folder '{root}' holds no images; expected {KINDS}")
-        if labelled:
-            raise OsmlError(f"folder '{root}' holds images but no class folders; expected {KINDS}")
-        return Items(None, tuple(images), None, None)
+            raise OsmlError(_no_images(f"folder '{root}'", beside))
+        raise OsmlError(f"folder '{root}' holds images but no class folders; expected {KINDS}")
     if images:
         raise OsmlError(
             f"folder '{root}' holds both class folders and images such as '{images[0].name}'; "
             "move the images into a class folder or elsewhere"
         )
-    if all(_subfolders(root / role) for role in ("train", "test")):
+    if any(kind.lower() in UNREAD_PICTURES for kind in beside.kinds):  # others are notes about the data
+        left_out.add(root.name, beside.kinds, 0)
+    if all(subfolders(root / role) for role in ("train", "test")):
         for folder in folders:
-            if folder.name not in ("train", "test") and _images_below(folder):
+            if folder.name not in ("train", "test") and images_below(folder):
                 raise OsmlError(
                     f"folder '{root}' holds images in '{folder.name}' beside 'train' and 'test'; move it "
                     "elsewhere, or name every file and its role in a manifest (path,label,role)"
                 )
-        train, test = _class_folders(root / "train"), _class_folders(root / "test")
+        train, test = (_class_folders(root / role, left_out, labelled) for role in ("train", "test"))
         roles = ["train"] * len(train) + ["test"] * len(test)
-        return Items(*zip(*train, *test, strict=True), None, tuple(roles))
-    parts = [f.name for f in folders if f.name.lower() in _PARTS and _subfolders(f) and not _images_in(f)]
+        return _items(root, [*train, *test], tuple(roles))
+    parts = [f.name for f in folders if f.name.lower() in _PARTS and subfolders(f) and not images_in(f)]
     if parts:
         raise OsmlError(
             f"folder '{root}' holds folders in {_listing(parts)}: expected DIR/train/<class>/* and DIR/test/<class>/*, "
             "both; name them so, or name every file and its role in a manifest (path,label,role)"
         )
-    return Items(*zip(*_class_folders(root), strict=True), None, None)
+    return _items(root, _class_folders(root, left_out, labelled), None)
+
+
+def _items(root: Path, pairs: list[tuple[str, Path]], roles: tuple[str, ...] | None) -> Items:
+    if not pairs:
+        raise OsmlError(f"folder '{root}' holds no images; expected {KINDS}")
+    return Items(*zip(*pairs, strict=True), None, roles)
 
 
 _PARTS = ("train", "val", "valid", "validation", "test")
 
 
-def _class_folders(root: Path) -> list[tuple[str, Path]]:
-    """(class, image) pairs."""
+def _class_folders(root: Path, left_out: LeftOut, labelled: bool) -> list[tuple[str, Path]]:
+    """(class, image) pairs. Raises `OsmlError` for a class without images, where labels are needed."""
     pairs = []
-    for folder in tqdm(_subfolders(root), desc="listing folders", delay=2):
-        found = _images_below(folder)
-        if not found:
-            raise OsmlError(
-                f"class folder '{folder}' holds no images; remove it or add images "
-                f"({', '.join(sorted(IMAGE_SUFFIXES))})"
-            )
+    for folder in tqdm(subfolders(root), desc="listing folders", delay=2):
+        of_class = LeftOut()
+        found = images_below(folder, of_class)
+        if not found and labelled:
+            raise OsmlError(_no_images(f"class folder '{folder}'", of_class))
+        left_out.add(folder.name, of_class.kinds, len(found))
         pairs += [(folder.name, image) for image in found]
     return pairs
 
 
-def _subfolders(root: Path) -> list[Path]:
-    if not root.is_dir():
-        return []
-    return sorted((f for f in root.iterdir() if f.is_dir() and not _hidden(f.name)), key=lambda f: f.name)
-
-
-def _images_in(folder: Path) -> list[Path]:
-    return sorted((f for f in folder.iterdir() if _is_image(f.name) and f.is_file()), key=lambda f: f.name)
-
-
-def _images_below(folder: Path) -> list[Path]:
-    found = []
-    for where, inner, names in os.walk(folder):
-        inner[:] = [name for name in inner if not _hidden(name)]
-        found += [Path(where, name) for name in names if _is_image(name)]
-    return sorted(found, key=Path.as_posix)
-
-
-def _is_image(name: str) -> bool:
-    return not _hidden(name) and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith(".")
+def _no_images(what: str, left_out: LeftOut) -> str:
+    if left_out.kinds:
+        there = f"no images, but {left_out.kinds.total()} other files: {in_words(left_out.kinds)}"
+        return f"{what} holds {there}; remove it or add images"
+    return f"{what} holds no images; remove it or add images ({', '.join(sorted(IMAGE_SUFFIXES))})"
 
 
 # --- manifests -------------------------------------------------------------------------------------------

@@ -161,7 +161,7 @@ def _foreign(folder: Path) -> str | None:
 
 def make_page(result: DiscoverResult) -> Page:
     """The page of a discovery."""
-    page = Page(f"New classes in {result.source.name}", summary(result))
+    page = Page(f"New classes in {result.source.name}", summary(result), result.rendering)
     for part in tqdm((_glance, _map, _tree, _groups, _left_out, _figures), desc="page", unit="part"):
         part(page, result)
     return page

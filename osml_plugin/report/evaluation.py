@@ -107,7 +107,7 @@ def write_report(
     """
     if paths is not None and images is not None:
         raise OsmlError("give either the paths of the images or the images themselves, not both")
-    page = Page(title, summary(evaluation))
+    page = Page(title, summary(evaluation), evaluation.rendering)
     add_evaluation(page, evaluation, images if paths is None else paths)
     page.write(path)
 

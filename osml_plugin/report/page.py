@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..data.images import read_image
+from ..data.pixels import ON_WHITE, Rendering, render
 from ..errors import OsmlError
 
 THUMBNAIL = 96
@@ -36,8 +37,9 @@ class Page:
     Figures and images are turned into text as they are added, so that what fails does so before anything is written.
     """
 
-    def __init__(self, title: str, lead: str):
-        self.title, self.lead = title, lead
+    def __init__(self, title: str, lead: str, rendering: Rendering = ON_WHITE):
+        """rendering: how images are shown, that is as a recognizer sees them."""
+        self.title, self.lead, self.rendering = title, lead, rendering
         self._sections: list[dict[str, Any]] = []
 
     def add_chapter(self, heading: str, note: str = "") -> None:
@@ -68,7 +70,10 @@ class Page:
             groups: of each its caption, and its images with a small caption each. An image is a file, uint8 pixels
                 `(H, W)` or `(H, W, C)`, C in {1, 3, 4}, or a PIL image. A file that cannot be read is shown as such.
         """
-        made = [(caption, [_thumbnail(image, small) for image, small in images]) for caption, images in groups]
+        made = [
+            (caption, [_thumbnail(image, small, self.rendering) for image, small in images])
+            for caption, images in groups
+        ]
         self._add(heading, note, kind="images", groups=made)
 
     def write(self, path: str | Path) -> None:
@@ -116,17 +121,17 @@ def _draw(figure: Figure) -> str:
         return _data("png", png)
 
 
-def _thumbnail(image: ImageLike, caption: str) -> dict[str, Any]:
+def _thumbnail(image: ImageLike, caption: str, rendering: Rendering) -> dict[str, Any]:
     where = ""
     if isinstance(image, str | Path):
         where = "/".join(Path(image).parts[-2:])
         try:
-            image = read_image(image, channels=3, size=None).permute(1, 2, 0).numpy()
+            image = read_image(image, channels=3, size=None, rendering=rendering).permute(1, 2, 0).numpy()
         except OsmlError:
             return {"caption": caption, "where": where, "src": None}
     if not isinstance(image, Image.Image):
         image = _from_pixels(image)
-    image = image.convert("L" if image.mode in ("1", "L") else "RGB")
+    image = render(image, "L" if image.mode in ("1", "L") else "RGB", rendering)
     crisp = max(image.size) <= THUMBNAIL
     content = io.BytesIO()
     if crisp:
