@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import detectors, thresholds
 from .config import make_config
+from .data.likeness import SeenItems
 from .data.pixels import DEEP, parse_color
 from .errors import OsmlError
 from .gallery import Gallery
@@ -351,6 +352,10 @@ def _recognizer(
     recognizer.proxy_ids = manifest.proxy_ids
     recognizer.calibration = _held_out(gallery, "calibration", manifest.held_out_names)
     recognizer.validation = _held_out(gallery, "validation", manifest.held_out_names)
+    if "seen_signatures" in gallery:
+        recognizer.seen = SeenItems(gallery["seen_signatures"].numpy(), gallery["seen_radii"].numpy())
+        if recognizer.seen.signatures.shape[:1] != recognizer.seen.radii.shape:
+            raise ValueError("the seen items have not one radius each")
     recognizer.copy_radius = _measured(recognizer) if manifest.copy_radius is None else manifest.copy_radius
     recognizer.refit()
     return recognizer
@@ -417,6 +422,9 @@ def _gallery_tensors(recognizer: OpenSetRecognizer) -> dict[str, Tensor]:
     }
     if recognizer.class_weights is not None:
         tensors["class_weights"] = recognizer.class_weights
+    if recognizer.seen is not None:
+        tensors["seen_signatures"] = torch.from_numpy(recognizer.seen.signatures)
+        tensors["seen_radii"] = torch.from_numpy(recognizer.seen.radii)
     for kind in ("calibration", "validation"):
         held = getattr(recognizer, kind)
         if held is not None:

@@ -5,6 +5,7 @@ The one that makes the bundle, `train`, is in `pipeline.py`.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from . import UNKNOWN, detectors
 from .bundle import bundle_lock, load_bundle, read_manifest, save_bundle
 from .checkpoints import Checkpoint, find_checkpoints
 from .data import Items, Split, check_pictures, open_items, readable_items, test_indices, write_embeddings
+from .data.likeness import signatures
 from .data.pixels import ON_WHITE, Rendering
 from .discovery import Constraints, Discovery, Identities, Update, identify
 from .discovery.methods import create
@@ -33,6 +35,8 @@ from .metrics.discovery import LEFT_OUT
 from .preprocessing import rendering_of
 from .recognizer import OpenSetRecognizer, Recognition
 from .tracking import download_bundle, is_model_uri
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -56,8 +60,8 @@ def evaluate(
     recognizer = open_recognizer(model, factories)
     if alpha is not None:
         recognizer = copy(recognizer).keep_rate(alpha)  # whoever passed one keeps it as it was
-    items = _test_items(recognizer, open_items(data), data, split)
-    items, embeddings = _embedded(recognizer, items, skip_bad, progress)
+    items = _test_items(recognizer, open_items(data), data, split, skip_bad, progress)
+    embeddings = recognizer.embed(_inputs(items), progress="embedding" if progress else None)
     return evaluate_embeddings(recognizer, embeddings, items.labels, seed=seed), items
 
 
@@ -298,6 +302,8 @@ def enroll(
     with bundle_lock(model):
         recognizer = load_bundle(model, factories=factories)
         recognizer.enroll(name, _inputs(items))
+        if recognizer.seen is not None:
+            recognizer.seen = recognizer.seen.joined(signatures(items, None if survey is None else survey.signatures))
         seen = set(recognizer.details.get("seen", [])) | {int(f) for f in items.fingerprints()}
         recognizer.details = recognizer.details | {"seen": sorted(seen)}
         save_bundle(recognizer, model)
@@ -351,7 +357,7 @@ def jacobian(
         kind = "images" if recognizer.preprocessing is not None else "embeddings"
         raise OsmlError(f"this bundle's network takes {kind}: give the {kind} that it was trained on, or alike")
     ids = {name: i for i, name in recognizer.gallery.classes.items()}
-    tested, _ = readable_items(_test_items(recognizer, items, data, split), skip_bad, progress)
+    tested = _test_items(recognizer, items, data, split, skip_bad, progress)
     unknown = np.array([name not in ids for name in tested.labels])
     draw = np.random.default_rng(seed)
     kinds = [draw.permutation(np.flatnonzero(of))[:max_items] for of in (~unknown, unknown)]
@@ -410,9 +416,14 @@ def _network_inputs(recognizer: OpenSetRecognizer, items: Items) -> Any:
 
 
 def _test_items(
-    recognizer: OpenSetRecognizer, items: Items, data: str | Path, split: str | Path | Split | None
+    recognizer: OpenSetRecognizer,
+    items: Items,
+    data: str | Path,
+    split: str | Path | Split | None,
+    skip_bad: bool,
+    progress: bool,
 ) -> Items:
-    """Of the items of `data`, those that `evaluate` tests."""
+    """Readable items of `data` that `evaluate` tests: none that the recognizer has seen, in whatever file format."""
     known = recognizer.class_names
     stored = Split.from_dict(recognizer.details["split"]) if "split" in recognizer.details else Split(tuple(known))
     held_out = [c for c in stored.pseudo_unknown if c not in known]
@@ -425,9 +436,27 @@ def _test_items(
         held_out += [c for c in items.class_names() if c not in named]
     seen = np.array(recognizer.details.get("seen", []), dtype=np.uint64)
     items = items.select(test_indices(items, known, held_out, seen=seen))
+    if len(items):
+        background = rendering_of(recognizer.preprocessing).background
+        items, survey = readable_items(items, skip_bad, progress, background)
+        items = _unseen(recognizer, items, None if survey is None else survey.signatures)
     if len(items) == 0:
         raise OsmlError(f"'{data}' holds nothing to test on: all of it was used to train, or its classes are held out")
     return items
+
+
+def _unseen(recognizer: OpenSetRecognizer, items: Items, of_images: np.ndarray | None) -> Items:
+    """The items that are no near-copies of what the recognizer has seen."""
+    if recognizer.seen is None:
+        return items
+    seen = recognizer.seen.holds(signatures(items, of_images))
+    if seen.any():
+        logger.warning(
+            "%d of %d items are near-copies of items that were used to train: they are not tested",
+            seen.sum(),
+            len(seen),
+        )
+    return items.select(np.flatnonzero(~seen))
 
 
 def _embedded(

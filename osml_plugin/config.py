@@ -29,6 +29,8 @@ class DataConfig(Section):
     """auto, none, or a list of torchvision transforms by name: `[{name: RandomRotation, degrees: 10}]`."""
     fractions: Fractions = Fractions()
     """How each known class is cut into data roles where the data do not say."""
+    near_copies: bool = True
+    """Keep near-copies in one role and count them once: one picture saved twice, frames of a clip, a burst."""
     workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
 
     @field_validator("background")

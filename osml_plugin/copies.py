@@ -133,6 +133,26 @@ def radii(embeddings: ArrayLike | torch.Tensor, labels: ArrayLike) -> np.ndarray
     return np.maximum(_class_radii(items, classes, sizes)[classes], _rounding(items))
 
 
+def seen_radii(embeddings: ArrayLike | torch.Tensor, labels: ArrayLike, sets: np.ndarray) -> np.ndarray:
+    """Distance `(N,)` within which an item that comes later is a near-copy of one of these: the radius of its class, or
+    half the least distance between two different items of it, whichever is larger.
+
+    An independent item lies that near with a chance of about 2^−m of what made the closest pair.
+
+    Args:
+        sets: `(N,)` near-copies among these, as `copy_sets` gives them.
+    """
+    items, classes = _items(embeddings), np.unique(np.asarray(labels), return_inverse=True)[1]
+    found = radii(items, classes)
+    for c in range(int(classes.max(initial=-1)) + 1):
+        members = np.flatnonzero(classes == c)
+        width, first = _width(items[members]), members[representatives(sets[members])]
+        if width is not None and len(first) > 2:
+            least = min(_nearest(items[first], 1)[0].min() / 2, NEAR * width.distance)
+            found[members] = np.maximum(found[members], least)
+    return found
+
+
 def copy_radius(embeddings: ArrayLike | torch.Tensor, labels: ArrayLike) -> float:
     """Distance below which items of a class that is not here yet are near-copies: that of the narrowest class among
     these items `(N, D)` with labels `(N,)`, since a new class may be as narrow."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from . import detectors, pml, thresholds
 from .bundle import MANIFEST, check_writable, save_bundle
 from .checkpoints import CheckpointWriter
 from .config import Config, load_config
+from .copies import copy_radius
 from .data import (
     Items,
     Split,
@@ -25,6 +28,7 @@ from .data import (
     tell_shared_files,
     training_roles,
 )
+from .data.likeness import SeenItems, near_copies, signatures
 from .errors import OsmlError
 from .recognizer import OpenSetRecognizer
 from .selection import DEFAULT, Cached, Candidate, has_unknown, select
@@ -32,6 +36,8 @@ from .selection import candidates as detector_candidates
 from .training import epochs
 from .training_data import TrainingData, bit_depth_of
 from .training_run import TrainingRun
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -88,12 +94,14 @@ def train(
     items = open_items(data)
     split = split_of(split, items, n_known, config.seed)
     items, survey = readable_items(items, skip_bad, progress, config.data.ground)
-    roles = roles_of(items, split, config)
+    of_images = None if survey is None else survey.signatures
+    sets = sets_of(items, of_images, config)
+    roles = roles_of(items, split, config, sets)
     check_choices(config, split, epochs(config, 0 if survey is None else 1))
     check_writable(out)
     tell_shared_files(items)
     if survey is not None:
-        used = survey.of(np.concatenate([roles.train, roles.calibration, roles.validation]))
+        used = survey.of(roles.used)
         check_pictures(items, survey, bit_depth_of(config, used))
 
     run = TrainingRun(TrainingData(items, split, roles, survey, config), config, device=device, progress=progress)
@@ -108,7 +116,10 @@ def train(
             hook.restore_best(run.trained)
     cached = run.embed()
     candidates = choose(config, data, cached, progress)
-    recognizer = assemble(run, cached, candidates, split=split, items=items, data_fingerprint=items.fingerprint())
+    seen = seen_items(items, of_images, roles, sets)
+    recognizer = assemble(
+        run, cached, candidates, split=split, items=items, seen=seen, data_fingerprint=items.fingerprint()
+    )
     if checkpoints is not None:
         recognizer.details["checkpoints"] = checkpoints.files
     save_bundle(recognizer, out)
@@ -123,7 +134,7 @@ def choose(config: Config, data: TrainingData, cached: Mapping[str, Cached], pro
     """The detectors that the configuration leaves to choose among, best first; empty where nothing can choose."""
     if not has_unknown(data.labels["validation"]):
         return []
-    labels = data.labels["train"], data.labels["validation"]
+    labels = data.embedded_labels["train"], data.labels["validation"]
     return select(cached, *labels, tried(config), seed=config.seed, progress=progress)
 
 
@@ -134,6 +145,7 @@ def assemble(
     *,
     split: Split,
     items: Items,
+    seen: SeenItems,
     data_fingerprint: str,
 ) -> OpenSetRecognizer:
     """The recognizer of a trained run: gallery, the best candidate's detector, a threshold fitted on calibration.
@@ -141,6 +153,7 @@ def assemble(
     Args:
         cached: the run's embeddings, as `TrainingRun.embed` gives them.
         items: those that the indices of `run.data` mean.
+        seen: the items that nobody may test the recognizer on.
         data_fingerprint: of the whole source.
     """
     config, data = run.config, run.data
@@ -160,7 +173,7 @@ def assemble(
         "input": {"channels": data.channels, "size": data.size},
         "output": run.model.output,
         "split": split.to_dict(),
-        "seen": sorted(fingerprints[data.used].tolist()),
+        "seen": sorted(fingerprints[data.seen].tolist()),
         "validation_items": sorted(fingerprints[data.indices["validation"]].tolist()),
         "provenance": {
             "data": data_fingerprint,
@@ -170,14 +183,47 @@ def assemble(
         "validation": asdict(best) if best else None,
     }
     names = data.names
+    held = [*names["references"], *names["calibration"]]
+    both = torch.cat([embedded["train"], embedded["calibration"]])
+    # The roles hold each item once already, by what the images show; copies of the embedder's making are none.
     recognizer.fit(
         embedded["train"],
-        names["train"],
+        names["references"],
         calibration=(embedded["calibration"], names["calibration"]),
         validation=(embedded["validation"], names["validation"]) if "validation" in embedded else None,
         class_weights=weights,
+        near_copies=False,
+        copy_radius=copy_radius(both, held) if config.data.near_copies else 0.0,
     )
+    recognizer.seen = seen
     return recognizer
+
+
+def sets_of(items: Items, of_images: np.ndarray | None, config: Config) -> np.ndarray | None:
+    """Sets `(N,)` of near-copies; None where the configuration takes items of other content for different ones.
+
+    Args:
+        of_images: the images' signatures, as a survey found them; None for embeddings.
+    """
+    if not config.data.near_copies:
+        return None
+    sets = near_copies(items, of_images)
+    n_sets = int(sets.max()) + 1
+    if n_sets < len(items):
+        logger.warning(
+            "%d items are %d near-identical sets: each set is kept in one role and counts once; "
+            "data.near_copies=false takes them for different items",
+            *(len(items), n_sets),
+        )
+    return sets
+
+
+def seen_items(items: Items, of_images: np.ndarray | None, roles: TrainingRoles, sets: np.ndarray | None) -> SeenItems:
+    """Likeness of the items that training and choosing saw, copies of them included."""
+    found, labels = signatures(items, of_images)[roles.seen], np.array(items.labels)[roles.seen]
+    if sets is None:
+        return SeenItems(found, np.zeros(len(found), np.float32))
+    return SeenItems.of(found, labels, sets[roles.seen])
 
 
 def _config(
@@ -203,11 +249,13 @@ def split_of(split: str | Path | Split | None, items: Items, n_known: int | None
     return split
 
 
-def roles_of(items: Items, split: Split, config: Config) -> TrainingRoles:
-    """The data roles. Where they leave too few calibration items for the rate to be promised, and the user has not
+def roles_of(items: Items, split: Split, config: Config, sets: np.ndarray | None = None) -> TrainingRoles:
+    """The data roles, given the sets `(N,)` of near-copies.
+
+    Where they leave too few calibration items for the rate to be promised, and the user has not
     said how to cut, calibration gets up to 40 % of the known items at the cost of training."""
     fractions = config.data.fractions
-    roles = as_configured = training_roles(items, split, fractions=fractions, seed=config.seed)
+    roles = as_configured = training_roles(items, split, sets=sets, fractions=fractions, seed=config.seed)
     threshold = threshold_of(config)
     if not isinstance(threshold, thresholds.Conformal) or "fractions" in config.data.model_fields_set:
         return roles
@@ -216,7 +264,7 @@ def roles_of(items: Items, split: Split, config: Config) -> TrainingRoles:
             return roles
         train_share = fractions.train + fractions.calibration - share
         cut = replace(fractions, train=train_share, calibration=share)
-        roles = training_roles(items, split, fractions=cut, seed=config.seed)
+        roles = training_roles(items, split, sets=sets, fractions=cut, seed=config.seed)
     possible = thresholds.guarantee(len(roles.calibration), threshold.alpha).possible
     return roles if possible else as_configured
 

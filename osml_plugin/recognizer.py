@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from . import UNKNOWN, copies, detectors, thresholds
+from .data.likeness import SeenItems
 from .detectors import Detector
 from .detectors.base import check_class_weights, check_embeddings
 from .discovery import Discovery, discover
@@ -97,6 +98,8 @@ class OpenSetRecognizer:
     """The class id of each row of `class_weights`."""
     copy_radius: float = field(default=0.0, init=False)
     """Distance within which an example that is enrolled is a near-copy of a reference of its class."""
+    seen: SeenItems | None = field(default=None, init=False)
+    """Likeness of the items that nobody may test this recognizer on; None where it was fitted on bare embeddings."""
     details: dict[str, Any] = field(default_factory=dict, init=False)
     """Configuration, split and provenance, as the bundle keeps them; plain JSON."""
 

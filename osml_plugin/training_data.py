@@ -54,6 +54,8 @@ class Shared:
 class TrainingData:
     """Datasets of `(input, label)` by data role, and what turns an image into an input.
 
+    `references` are the places, among the training items, of those that stand for their set of near-copies.
+
     Labels are class indices 0..C-1 in the order of the known classes' names, `UNKNOWN` for pseudo-unknown ones.
     Images that fit in memory are decoded once.
     """
@@ -73,9 +75,11 @@ class TrainingData:
         self.config = config
         self.indices = {role: getattr(roles, role) for role in self.ROLES}
         ids = {name: i for i, name in enumerate(sorted(split.known))}
-        self.used = np.concatenate(list(self.indices.values()))
-        self.names = {role: [items.labels[i] for i in of] for role, of in self.indices.items()}
+        self.used, self.seen = roles.used, roles.seen
+        named = self.indices | {"references": roles.references}
+        self.names = {role: [items.labels[i] for i in of] for role, of in named.items()}
         self.labels = {r: np.array([ids.get(n, UNKNOWN) for n in names], int) for r, names in self.names.items()}
+        self.references = torch.from_numpy(np.searchsorted(roles.train, roles.references))
         self.preprocessing: Preprocessing | None = None
         self.workers = 0
         self.sets: dict[str, Dataset] = {}
@@ -151,7 +155,12 @@ class TrainingData:
 
     @property
     def n_items(self) -> dict[str, int]:
-        return {role: len(names) for role, names in self.names.items()}
+        return {role: len(self.names[role]) for role in self.ROLES}
+
+    @property
+    def embedded_labels(self) -> dict[str, np.ndarray]:
+        """Labels of what `TrainingRun.embed` embeds, by role: of the training items those that are references."""
+        return {role: self.labels["references" if role == "train" else role] for role in self.ROLES}
 
     @property
     def frozen(self) -> bool:

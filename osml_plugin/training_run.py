@@ -67,7 +67,7 @@ class TrainingRun:
 
     def embed(self) -> dict[str, Cached]:
         """By output of the model that may be chosen: the embeddings of each data role, and the class weights that go
-        with them."""
+        with them. Of the training items it embeds the references (`TrainingData.embedded_labels` has their labels)."""
         outputs = OUTPUTS if self.config.model.output == "auto" else (self.config.model.output,)
         name, args = self.config.detector.name, self.config.detector.args
         if name != "auto" and detectors.create(name, **args).needs_class_weights:
@@ -82,6 +82,7 @@ class TrainingRun:
             model.output = output
             with torch.inference_mode():
                 embedded = {role: model.embed_features(f).clone() for role, f in features.items()}
+            embedded["train"] = embedded["train"][self.data.references]
             # The proxies live where the loss saw the embeddings.
             found[output] = Cached(embedded, self.class_weights if output == "embedder" else None)
         model.output = outputs[0]

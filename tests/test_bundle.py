@@ -133,13 +133,15 @@ def test_a_file_outside_of_it_is_not_read(recognizer, tmp_path):
 
 
 DELETE = object()
+OWN = ("format", "version", "sha256")
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *((key, DELETE) for key in bundle.Manifest.model_fields if key not in ("format", "version", "sha256")),
-        *((key, []) for key in bundle.Manifest.model_fields if key not in ("format", "version", "sha256", "proxy_ids")),
+        *((key, DELETE) for key in bundle.Manifest.model_fields if key not in (*OWN, "copy_radius")),
+        *((key, []) for key in bundle.Manifest.model_fields if key not in (*OWN, "proxy_ids")),
+        ("copy_radius", -1),
         ("extra", 1),
         ("files.gallery", DELETE),
         ("files.gallery.name", 3),

@@ -21,7 +21,7 @@ from osml_plugin import commands, tracking
 from osml_plugin.config import Config
 from osml_plugin.data import Items, Split, check_pictures, open_items, readable_items, tell_shared_files
 from osml_plugin.errors import OsmlError
-from osml_plugin.pipeline import check_choices, split_of, threshold_of
+from osml_plugin.pipeline import check_choices, sets_of, split_of, threshold_of
 from osml_plugin.schema import apply_override, checked, read_yaml
 from osml_plugin.training import epochs
 from osml_plugin.training_data import bit_depth_of
@@ -209,7 +209,8 @@ def prepare(
     n_epochs = epochs(config, 0 if survey is None else 1)
     if config.training.patience is not None:
         raise OsmlError("training.patience has no place in a sweep, whose scheduler stops trials: leave it out")
-    data = sweep_data(items, survey, split, config, settings.folds)
+    sets = sets_of(items, None if survey is None else survey.signatures, config)
+    data = sweep_data(items, survey, split, config, settings.folds, sets)
     tell_shared_files(items)
     if survey is not None:
         check_pictures(items, survey, bit_depth_of(config, data.survey))

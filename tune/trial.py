@@ -122,7 +122,7 @@ def advanced(runs: list[TrainingRun], plan: Plan) -> Iterator[tuple[float, float
 def evaluated(runs: list[TrainingRun], config: Config, plan: Plan, loss: float, train_seconds: float) -> dict[str, Any]:
     """What a trial reports: its figures, what was chosen, and the curve. OsmlError where the objective is no number."""
     since = time.perf_counter()
-    folds = [Embedded(run.embed(), run.data.labels) for run in runs]
+    folds = [Embedded(run.embed(), run.data.embedded_labels) for run in runs]
     embedded, since = time.perf_counter() - since, time.perf_counter()
     objective = plan.settings.objective
     judged = judge(folds, plan.detectors(config), plan.rules(config), objective=objective, seed=config.seed)

@@ -13,7 +13,7 @@ from osml_plugin.bundle import save_bundle
 from osml_plugin.config import Config, make_config
 from osml_plugin.data import Fractions, Split
 from osml_plugin.errors import OsmlError
-from osml_plugin.pipeline import assemble, train
+from osml_plugin.pipeline import assemble, seen_items, train
 from osml_plugin.selection import Candidate
 
 from .folds import SweepData
@@ -92,8 +92,15 @@ def write_winner(
         best = Candidate(
             chosen["output"], chosen["detector"], chosen["params"], winner.figures["oscr"], winner.figures["auroc"]
         )
+        of_images = None if data.survey is None else data.survey.signatures
         recognizer = assemble(
-            run, run.embed(), [best], split=split, items=data.items, data_fingerprint=data_fingerprint
+            run,
+            run.embed(),
+            [best],
+            split=split,
+            items=data.items,
+            seen=seen_items(data.items, of_images, data.folds[0].roles, data.sets),
+            data_fingerprint=data_fingerprint,
         )
         save_bundle(recognizer, bundle)
     else:

@@ -18,6 +18,7 @@ from ..errors import OsmlError, unknown_name
 from .items import ROLES, Items
 
 TRAIN, CALIBRATION, VALIDATION, TEST = range(4)  # in the order of ROLES and of the fields of Fractions
+UNDRAWN = LEFT_OUT = len(ROLES)
 UNKNOWN_CLASS = str(UNKNOWN)  # the label of items of unknown classes
 
 
@@ -125,43 +126,127 @@ class Fractions:
 @dataclass(frozen=True, eq=False)
 class TrainingRoles:
     """Sorted item indices of the roles that training and choosing may see: train (known), calibration
-    (known), validation (known + pseudo-unknown). There is no test here, on purpose."""
+    (known), validation (known + pseudo-unknown). There is no test here, on purpose.
+
+    Of a set of near-copies one item calibrates or validates. All of its items may train a network; the one of them in
+    `references` stands for the set in the gallery. `copies` are the items of these sets that take no part: nobody may
+    test on them either.
+    """
 
     train: np.ndarray
     calibration: np.ndarray
     validation: np.ndarray
+    references: np.ndarray
+    copies: np.ndarray
+
+    @property
+    def used(self) -> np.ndarray:
+        """Indices of the items that take part, role by role."""
+        return np.concatenate([self.train, self.calibration, self.validation])
+
+    @property
+    def seen(self) -> np.ndarray:
+        """Sorted indices of the items that no test may use."""
+        return np.sort(np.append(self.used, self.copies))
 
 
-def training_roles(items: Items, split: Split, *, fractions: Fractions = Fractions(), seed: int = 0) -> TrainingRoles:
+def training_roles(
+    items: Items,
+    split: Split,
+    *,
+    sets: np.ndarray | None = None,
+    fractions: Fractions = Fractions(),
+    seed: int = 0,
+) -> TrainingRoles:
     """Deal the items out to the roles that training may see.
 
-    Each known class is put in an order drawn from (seed, content), so that file names and their order have
-    no influence, and cut by `fractions` with the largest remainder; 'train' and 'calibration' get at least 1.
-    Identical items of a class share a role. Pseudo-unknown classes go to validation whole, but for their
-    declared test items. Unknown classes, and classes that the split does not name, go nowhere.
+    The sets of near-copies of each known class are put in an order drawn from (seed, content), so that file names and
+    their order have no influence, and cut by `fractions`. What rounding leaves of one class goes to the next, so that
+    each role has the classes in their proportions; 'train' gets at least one item of each class. All items of a set,
+    of whatever class, share a role. Pseudo-unknown classes go to validation whole, but for their declared test items.
+    Unknown classes, and classes that the split does not name, go nowhere.
 
     Roles that the source declares: its 'train' items are cut over train, calibration and validation; if it
-    declares any 'calibration' or 'validation' item, all its roles are used as they are.
+    declares any 'calibration' or 'validation' item, all its roles are used as they are, but that of a set that is
+    declared to have several only the items of the first of train, calibration and validation take part.
+
+    Args:
+        sets: `(N,)` near-copies have one number; None = items of identical content.
 
     Raises `OsmlError` for items without labels, a split that does not fit, and a known class with too few items.
     """
     split.check(set(_labels(items)))
     fingerprints = items.fingerprints()
+    sets = np.unique(fingerprints if sets is None else sets, return_inverse=True)[1]
     declared = None if items.roles is None else np.array([ROLES.index(role) for role in items.roles])
     as_declared = declared is not None and bool(np.isin(declared, (CALIBRATION, VALIDATION)).any())
     shares = np.array(astuple(fractions))
     if declared is not None:
         shares[TEST] = 0
-    role = np.full(len(items), TEST)
     of_class = _indices_by_class(items, declared)
+    lots = _lots(fingerprints, sets, seed)
+    role_of_set = np.full(sets.max() + 1, UNDRAWN)
+    known = sorted(split.known, key=lambda name: _lot(seed, name.encode()))
     for name in split.pseudo_unknown:
-        role[of_class[name]] = VALIDATION
-    for name in split.known:
-        indices = of_class[name]
-        role[indices] = declared[indices] if as_declared else _cut(fingerprints[indices], shares, seed)
-        if not {TRAIN, CALIBRATION} <= set(role[indices]):
-            raise _too_few(items, name, indices, as_declared)
-    return TrainingRoles(*(np.flatnonzero(role == r) for r in (TRAIN, CALIBRATION, VALIDATION)))
+        role_of_set[sets[of_class[name]]] = VALIDATION
+    carried = np.zeros(len(ROLES))
+    for name in known:
+        if as_declared:
+            np.minimum.at(role_of_set, sets[of_class[name]], declared[of_class[name]])
+        else:
+            free = np.unique(sets[of_class[name]])
+            free = free[role_of_set[free] == UNDRAWN]
+            counts, carried = _counts(len(free), shares, carried)
+            role_of_set[free[np.argsort(lots[free])]] = np.repeat(range(len(ROLES)), counts)
+    role = np.full(len(items), TEST)
+    for name in known:
+        role[of_class[name]] = role_of_set[sets[of_class[name]]]
+    if as_declared:
+        role[(role < TEST) & (role != declared)] = LEFT_OUT
+    for name in split.pseudo_unknown:
+        validates = role_of_set[sets[of_class[name]]] == VALIDATION
+        role[of_class[name]] = np.where(validates, VALIDATION, LEFT_OUT)
+    _check_classes(items, sets, role, {name: of_class[name] for name in split.known}, as_declared)
+    return _one_of_each_set(items, sets, role, fingerprints)
+
+
+def _check_classes(
+    items: Items, sets: np.ndarray, role: np.ndarray, of_class: Mapping[str, np.ndarray], as_declared: bool
+) -> None:
+    """Raise `OsmlError` for a known class without training items, for one of a single item, and where nothing is left
+    to calibrate with."""
+    for name, indices in of_class.items():
+        if as_declared:
+            enough = CALIBRATION in role[indices]
+        else:
+            enough = len(np.unique(sets[indices])) > 1
+        if not enough or TRAIN not in role[indices]:
+            raise _too_few(items, sets, name, indices, as_declared)
+    if not any((role[indices] == CALIBRATION).any() for indices in of_class.values()):
+        raise _too_few(items, sets, *min(of_class.items(), key=lambda pair: len(pair[1])), as_declared)
+
+
+def _one_of_each_set(items: Items, sets: np.ndarray, role: np.ndarray, fingerprints: np.ndarray) -> TrainingRoles:
+    """Roles in which each set of near-copies counts once a class: by its item of the lowest fingerprint."""
+    order = np.argsort(fingerprints, kind="stable")
+    classes = np.unique(np.array(items.labels), return_inverse=True)[1]
+    pair = (sets * (int(classes.max()) + 1) + classes)[order]
+    first = np.zeros(len(items), dtype=bool)
+    first[order[np.unique(pair, return_index=True)[1]]] = True
+    train, calibration, validation = (role == r for r in (TRAIN, CALIBRATION, VALIDATION))
+    copies = ((calibration | validation) & ~first) | (role == LEFT_OUT)
+    of_role = (train, calibration & first, validation & first, train & first, copies)
+    return TrainingRoles(*map(np.flatnonzero, of_role))
+
+
+def _lots(fingerprints: np.ndarray, sets: np.ndarray, seed: int) -> np.ndarray:
+    """Rank `(S,)` of each set in an order drawn from the seed and the lowest fingerprint of its items."""
+    lowest = np.full(sets.max() + 1, np.iinfo(np.uint64).max, dtype=np.uint64)
+    np.minimum.at(lowest, sets, fingerprints)
+    drawn = sorted(range(len(lowest)), key=lambda s: _lot(seed, int(lowest[s]).to_bytes(8, "little")))
+    ranks = np.empty(len(lowest), dtype=np.int64)
+    ranks[drawn] = np.arange(len(lowest))
+    return ranks
 
 
 def test_indices(
@@ -216,39 +301,29 @@ def _lot(seed: int, content: bytes) -> bytes:
     return blake2b(content, key=str(seed).encode(), digest_size=8).digest()
 
 
-def _cut(fingerprints: np.ndarray, shares: np.ndarray, seed: int) -> np.ndarray:
-    """The role of each item of one class: its distinct items, in drawn order, cut by `shares`."""
-    distinct, item_of = np.unique(fingerprints, return_inverse=True)
-    lots = [_lot(seed, int(fingerprint).to_bytes(8, "little")) for fingerprint in distinct]
-    drawn = sorted(range(len(distinct)), key=lots.__getitem__)
-    role = np.empty(len(distinct), dtype=np.int64)
-    role[drawn] = np.repeat(range(len(ROLES)), _counts(len(distinct), shares))
-    return role[item_of]
-
-
-def _counts(n: int, shares: np.ndarray) -> np.ndarray:
-    """n items over the roles by largest remainder; train gets at least 1, then calibration at least 1."""
+def _counts(n: int, shares: np.ndarray, carried: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """n items over the roles, and what rounding still owes to each of them: their shares, rounded down, and the rest
+    to those that are owed most; train gets at least 1. `carried` is what earlier classes owe."""
+    carried = np.zeros(len(shares)) if carried is None else carried
     quota = np.round(n * shares / shares.sum(), 9)  # equal remainders are to be equal
     counts = np.floor(quota).astype(np.int64)
-    rest = np.argsort(counts - quota, kind="stable")[: n - counts.sum()]
+    owed = np.where(quota > counts, np.round(quota - counts + carried, 9), -np.inf)  # what came out even stays so
+    rest = np.argsort(-owed, kind="stable")[: n - counts.sum()]
     counts[rest] += 1
-    for role, kept in ((TRAIN, []), (CALIBRATION, [TRAIN])):
-        if counts[role] == 0 and n > len(kept):
-            spare = counts.copy()
-            spare[kept] -= 1
-            counts[np.argmax(spare)] -= 1
-            counts[role] = 1
-    return counts
+    if counts[TRAIN] == 0 and n:
+        counts[np.argmax(counts)] -= 1
+        counts[TRAIN] = 1
+    return counts, carried + quota - counts
 
 
-def _too_few(items: Items, name: str, indices: np.ndarray, as_declared: bool) -> OsmlError:
+def _too_few(items: Items, sets: np.ndarray, name: str, indices: np.ndarray, as_declared: bool) -> OsmlError:
     if as_declared:
         return OsmlError(
             f"the roles declared for class '{name}' leave it without 'train' or without 'calibration' items; a "
             "known class needs both; declare them, or declare only 'train' and 'test' to have 'train' cut"
         )
     kind = "image" if items.embeddings is None else "embedding"
-    n = len(np.unique(items.fingerprints()[indices]))
+    n = len(np.unique(sets[indices]))
     distinct = "distinct " if n < len(indices) else ""
     outside = " outside 'test'" if items.roles is not None else ""
     return OsmlError(

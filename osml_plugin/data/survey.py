@@ -16,11 +16,14 @@ from PIL import Image
 from ..errors import OsmlError
 from .images import LARGE, SMALL, open_image, reason_of
 from .items import Items
+from .likeness import SIDE, image_signature
 from .pixels import DEEP, WHITE, Color, Rendering, check_header, deep_samples, is_deep, is_grey, render
 from .threads import in_threads
 
 logger = logging.getLogger(__name__)
 
+SIGHT = 4 * SIDE
+"""Least side in pixels to which a large JPEG is decoded for its signature."""
 NAMED = 3
 """Files that a message names."""
 
@@ -30,7 +33,7 @@ class Seen(NamedTuple):
 
     side: the longer one in pixels. bits: those that the values of a 16-bit file fill, all but the brightest in a
     thousand; 0 for other files. varies: bits that differ between darkest and brightest pixel, 0 = one color.
-    color: RGB of the darkest, in the file's own samples.
+    color: RGB of the darkest, in the file's own samples. signature: see `image_signature`.
     """
 
     side: int
@@ -38,6 +41,7 @@ class Seen(NamedTuple):
     bits: int
     varies: int
     color: tuple[int, int, int]
+    signature: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,10 +56,11 @@ class ImageSurvey:
     bits: np.ndarray
     varies: np.ndarray
     colors: np.ndarray
+    signatures: np.ndarray
 
     def of(self, readable: np.ndarray) -> ImageSurvey:
         """The survey of some of the readable images: what is chosen for a model is not to depend on test images."""
-        facts = (self.good, self.sides, self.grey, self.bits, self.varies, self.colors)
+        facts = (self.good, self.sides, self.grey, self.bits, self.varies, self.colors, self.signatures)
         good, *others = (fact[readable] for fact in facts)
         return ImageSurvey(good, [], *others)
 
@@ -132,14 +137,19 @@ def _inspect(path: Path, rendering: Rendering) -> Seen | str:
             check_header(image)
             side, grey = max(image.size), is_grey(image, rendering)
             if is_deep(image):
-                return Seen(side, grey, *_deep_facts(deep_samples(image)))
-            image.draft(None, (1, 1))  # JPEG: all of the file is read, but 1/64 of the pixels are made
+                bits, varies, color = _deep_facts(deep_samples(image))
+                # Its own range: that of the whole data set is not yet known.
+                own = Rendering(rendering.background, max(8, bits))
+                with open_image(path) as again:
+                    return Seen(side, grey, bits, varies, color, image_signature(render(again, "RGB", own)))
+            image.draft(None, (SIGHT, SIGHT))  # JPEG: all of the file is read, but as little as 1/64 of the pixels made
             shrunk = max(image.size) < side
-            varies, color = _facts(render(image, "L" if grey else "RGB", rendering))
+            rendered = render(image, "L" if grey else "RGB", rendering)
+            varies, color = _facts(rendered)
         if not varies and shrunk:  # a fine pattern may have become one color
             with open_image(path) as image:
                 varies, color = _facts(render(image, "L" if grey else "RGB", rendering))
-        return Seen(side, grey, 0, varies, color)
+        return Seen(side, grey, 0, varies, color, image_signature(rendered))
     except Exception as error:  # Pillow's decoders raise whatever they stumble on
         return reason_of(error)
 
