@@ -132,8 +132,11 @@ class Recorder:
     def stumbled(self, trial: Any) -> None:
         """A trial has failed, for the last time or not: halt where that is for want of room."""
         folder = self.journal.file.parent
-        if any(full in _error(trial) for full in FULL) or shutil.disk_usage(folder).free < LITTLE:
-            self.halted = self.halted or OSError(errno.ENOSPC, FULL[0])
+        if shutil.disk_usage(folder).free < LITTLE:
+            self.halted = self.halted or OSError(errno.ENOSPC, FULL[0], str(folder))
+        elif any(full in _error(trial) for full in FULL):
+            where = f"where trial {self.numbers[trial.trial_id]} ran, or keeps its checkpoints"
+            self.halted = self.halted or OSError(errno.ENOSPC, FULL[0], where)
 
     def step_ended(self, trials: Sequence[Any], last: bool = False) -> None:
         """Keep Ray's snapshot. Raises OSError where there is no room for it, or was none for something else."""
