@@ -165,7 +165,9 @@ def test_a_store_that_is_gone_is_not_replaced_by_an_empty_one(tmp_path, digit_em
     assert not (tmp_path / "mlflow.db").exists()
 
 
-def test_data_that_are_gone_can_be_named(tmp_path, store):
+def test_data_that_are_gone_can_be_named(tmp_path, empty_store, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "mlflow.db").write_bytes(empty_store)
     asked_in(tmp_path / "out", tmp_path / "data", tmp_path / "mlflow.db")
     with pytest.raises(OsmlError, match="are not in '.*data' any more: name them with --data"):
         sweep(None, tmp_path / "out", resume=True)
