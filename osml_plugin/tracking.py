@@ -335,6 +335,8 @@ def download_bundle(uri: str) -> Path:
         OsmlError: for a name, alias or version that does not exist, naming those that do; for a model without a bundle.
     """
     is_registered = registered(uri) is not None  # a name that cannot be is refused before the store is looked at
+    if re.fullmatch(r"models:/(?!m-)[^/@]*@?", uri):
+        raise _no_address(uri)
     store = tracking_uri()
     check_tracking(store, make=False)
     import mlflow
@@ -362,12 +364,16 @@ def resolve_model(uri: str) -> tuple[str, int]:
     """
     named = registered(uri)
     if not named:
-        raise OsmlError(f"'{uri}' names no registered model: expected models:/NAME@alias or models:/NAME/7")
+        raise _no_address(uri)
     store = tracking_uri()
     check_tracking(store, make=False)
     name, alias, number = named
     with mlflow_calls(store):
         return name, int(find_version(name, alias=alias, version=number).version)
+
+
+def _no_address(uri: str) -> OsmlError:
+    return OsmlError(f"'{uri}' names no registered model: expected models:/NAME@alias or models:/NAME/7")
 
 
 def find_version(name: str, *, alias: str | None = None, version: int | str | None = None) -> Any:

@@ -55,7 +55,7 @@ def bring_home(file: Path) -> None:
     """Correct the places of artifacts in a store that was moved, or copied, together with its `mlartifacts`.
 
     Raises:
-        OsmlError: where they have to be corrected, and the file cannot be written.
+        OsmlError: where the file cannot be written, and the artifacts are no longer where it says.
     """
     home = file.parent / ARTIFACTS
     with closing(sqlite3.connect(file, timeout=20)) as connection:
@@ -72,10 +72,11 @@ def bring_home(file: Path) -> None:
                             (home.as_uri(), len(old) + 1, old, len(old) + 1, f"{old}/"),
                         )
         except sqlite3.Error as error:
-            raise OsmlError(
-                f"the store '{file}' was moved, and says that its artifacts are in '{_folder(moved[0])}'; they are in "
-                f"'{home}', which cannot be written down ({error}): make the file writable once"
-            ) from error
+            if any(not _folder(old).is_dir() for old in moved):
+                raise OsmlError(
+                    f"the store '{file}' was moved, and says that its artifacts are in '{_folder(moved[0])}'; they are "
+                    f"in '{home}', which cannot be written down ({error}): make the file writable once"
+                ) from error
 
 
 def _roots(connection: sqlite3.Connection) -> Iterator[str]:

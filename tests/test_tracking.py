@@ -172,6 +172,8 @@ def test_what_does_not_exist_is_named_with_what_does(store, bundle):
         ("models:/digit/1", "did you mean 'digits'"),
         ("models:/digits@champion", "no alias 'champion'; it has challenger"),
         ("models:/digits/7", "no version 7; it has 1"),
+        ("models:/digits", "expected models:/NAME@alias"),
+        ("models:/", "expected models:/NAME@alias"),
         ("runs:/0123/model", "0123"),
     ]:
         with pytest.raises(OsmlError, match=says) as caught:

@@ -120,14 +120,19 @@ def job_of(asked: Asked, out: Path, split: str | Path | Split | None, n_known: i
     if not places:
         raise OsmlError(f"the data of the sweep in '{out}' are not in '{asked.data}' any more: name them with --data")
     for place in places:
-        job = prepare(
-            place,
-            asked.settings,
-            split=Split.from_dict(asked.split) if asked.split else split,
-            n_known=None if asked.split else n_known,
-            skip_bad=asked.skip_bad,
-            progress=progress,
-        )
+        try:
+            job = prepare(
+                place,
+                asked.settings,
+                split=Split.from_dict(asked.split) if asked.split else split,
+                n_known=None if asked.split else n_known,
+                skip_bad=asked.skip_bad,
+                progress=progress,
+            )
+        except OsmlError:
+            if place == places[-1]:
+                raise
+            continue  # something else lies there now
         if not begun or job.fingerprint == asked.data_fingerprint:
             return job
     raise _other_data(places[-1], out)
