@@ -128,6 +128,11 @@ def sweep_lock(out: Path) -> Iterator[None]:
         lock.release()
 
 
+def how_to_resume(out: Path) -> str:
+    """The command."""
+    return f"osml tune --out {shlex.quote(str(out))} --resume"
+
+
 @contextmanager
 def resumable(out: Path) -> Iterator[None]:
     """While a sweep in `out` writes: a disk that is full, or lost, is one OsmlError that says how to go on."""
@@ -140,7 +145,7 @@ def resumable(out: Path) -> Iterator[None]:
         reason = f"the disk is full{f': {error.filename}' if error.filename else ''}" if full else str(error)
         raise OsmlError(
             f"the sweep in '{out}' has stopped, and what was done is kept ({reason}): "
-            f"{'make room' if full else 'mend that'}, and osml tune --out {shlex.quote(str(out))} --resume goes on"
+            f"{'make room' if full else 'mend that'}, and {how_to_resume(out)} goes on"
         ) from error
 
 

@@ -22,7 +22,7 @@ from osml_plugin.data import Split
 from osml_plugin.errors import OsmlError
 from osml_plugin.tracking_names import model_name
 
-from .asked import ASKED, Asked, resumable, sweep_lock, write_json
+from .asked import ASKED, Asked, how_to_resume, resumable, sweep_lock, write_json
 from .cluster_session import ray_session
 from .folds import share
 from .job import Job, check_same, job_of, settings_of
@@ -155,13 +155,13 @@ def _run(asked: Asked, job: Job, out: Path, progress: bool) -> dict[str, Any]:
             ended = "KILLED"
             raise Interrupted(
                 f"interrupted with {len(swept.trials) - open_ones} of {settings.trials} trials ended; all is saved: "
-                f"osml tune --out {out} --resume goes on"
+                f"{how_to_resume(out)} goes on"
             )
         result = _finish(asked, job, out, swept, results, run_id, progress)
         ended = "FINISHED"
     except KeyboardInterrupt:
         ended = "KILLED"
-        raise Interrupted(f"interrupted; all is saved: osml tune --out {out} --resume goes on") from None
+        raise Interrupted(f"interrupted; all is saved: {how_to_resume(out)} goes on") from None
     finally:
         if ended != "FINISHED":
             runs.close(ended)
