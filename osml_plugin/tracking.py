@@ -18,7 +18,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from hashlib import sha256
 from importlib.metadata import requires, version
 from pathlib import Path
@@ -29,6 +29,8 @@ from safetensors import safe_open
 
 from .bundle import MANIFEST, Manifest, bundle_lock, read_manifest
 from .errors import OsmlError, unknown_name
+from .tracking_file import bring_home, check_sqlite_file, sqlite_file, with_sqlite_file
+from .tracking_names import model_name, registered
 
 logger = logging.getLogger(__name__)
 
@@ -40,31 +42,49 @@ MAX_TAG = 5_000
 # --- the store -------------------------------------------------------------------------------------------
 
 
+_left = {"uri": ""}
+"""The default that MLflow was given last; it leaves it in the environment, for other processes."""
+
+
+def given_uri() -> str | None:
+    """MLFLOW_TRACKING_URI as the user set it; None where nobody did."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    return None if uri == _left["uri"] else uri or None
+
+
 def tracking_uri() -> str:
     """Where runs and models are stored: MLFLOW_TRACKING_URI, else the SQLite file `mlflow.db` in the working folder.
 
     A SQLite file is named absolutely. MLflow is told; its registry follows unless it has an address of its own.
     """
-    mlflow = _mlflow()
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    if uri.startswith("sqlite:///"):
-        file, mark, options = uri.removeprefix("sqlite:///").partition("?")
-        uri = f"sqlite:///{os.path.abspath(file)}{mark}{options}"
+    mlflow, given = _mlflow(), given_uri()
+    uri = given or "sqlite:///mlflow.db"
+    if (file := sqlite_file(uri)) is not None:
+        uri = with_sqlite_file(uri, os.path.abspath(file))
     mlflow.set_tracking_uri(uri)
+    if given is None:
+        _left["uri"] = uri
     return uri
 
 
-def check_tracking(uri: str, timeout: float = 8) -> None:
+def check_tracking(uri: str, timeout: float = 8, make: bool = True) -> None:
     """Raise one OsmlError, within `timeout` seconds and a little, unless the store answers.
 
-    A SQLite store that is not there yet is made, which takes longer.
+    Args:
+        make: make a SQLite store that is not there yet, which takes longer; False where it is only read.
+
+    A SQLite store that was moved, its artifacts beside it, is told where they are now.
     """
     _mlflow()
     if re.match("[a-z]*", uri)[0] not in SCHEMES:
         raise _unreachable(uri, "no such kind of store")
     local = uri.startswith("sqlite:")
-    if local:
-        _check_sqlite_file(uri)
+    if (file := sqlite_file(uri)) is not None:
+        try:
+            check_sqlite_file(file, make)
+            bring_home(file)
+        except (OSError, sqlite3.Error) as error:
+            raise _unreachable(uri, getattr(error, "strerror", None) or str(error)) from error
     failed: list[Exception] = []
     probe = threading.Thread(target=_probe, args=(uri, failed), daemon=True)
     # In a thread: neither name resolution nor a server that sends a byte now and then keeps to a timeout. That of the
@@ -85,20 +105,6 @@ def _probe(uri: str, failed: list[Exception]) -> None:
         MlflowClient(uri).search_experiments(max_results=1)
     except Exception as error:  # a driver that is not installed, a scheme that nobody knows
         failed.append(error)
-
-
-def _check_sqlite_file(uri: str) -> None:
-    """MLflow would try for minutes to open a file that cannot be opened."""
-    file = Path(uri.removeprefix("sqlite:///").partition("?")[0])
-    try:
-        if file.is_file():
-            with closing(sqlite3.connect(file, timeout=5)) as connection:
-                connection.execute("BEGIN IMMEDIATE")
-        else:
-            with tempfile.TemporaryFile(dir=file.parent):
-                pass
-    except (OSError, sqlite3.Error) as error:
-        raise _unreachable(uri, getattr(error, "strerror", None) or str(error)) from error
 
 
 def _unreachable(uri: str, reason: str) -> OsmlError:
@@ -139,7 +145,7 @@ def mlflow_calls(uri: str, *, retries: int = 2, timeout: float = 15) -> Iterator
     levels = [log.level for log in loggers]
     os.environ.update(settings)
     for log in loggers:
-        log.setLevel(logging.ERROR)
+        log.setLevel(logging.CRITICAL)  # whatever it logs as an error it raises as well
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -159,9 +165,9 @@ def mlflow_calls(uri: str, *, retries: int = 2, timeout: float = 15) -> Iterator
 
 
 def _one_line(error: Exception) -> str:
-    """The first sentence, or the reason of the operating system, which MLflow buries in pages."""
+    """The first sentence, or the reason of the operating system or of SQLite, which MLflow buries in pages."""
     text = shown(" ".join(str(error).split())) or type(error).__name__
-    reason = re.search(r"\[Errno -?\d+\] ([^'\")]+)", text)
+    reason = re.search(r"(?:\[Errno -?\d+\]|\(sqlite3\.\w+\)) ([^'\")\[]+\b)", text)
     return reason[1] if reason else re.split(r"(?<=\.) ", text)[0][:300]
 
 
@@ -184,6 +190,7 @@ def log_bundle(
         OsmlError: where there is no whole bundle, and where MLflow refuses or does not answer.
     """
     bundle = Path(bundle)
+    register = None if register is None else model_name(register)
     uri = tracking_uri()
     check_tracking(uri)
     import mlflow
@@ -318,7 +325,6 @@ def is_model_uri(text: str | Path) -> bool:
     return str(text).startswith(("models:/", "runs:/"))
 
 
-_REGISTERED = re.compile(r"models:/([^/@]+)(?:@([^/]+)|/(\d+))")
 _downloads: dict[tuple[str, str], Path] = {}
 
 
@@ -328,12 +334,15 @@ def download_bundle(uri: str) -> Path:
     Raises:
         OsmlError: for a name, alias or version that does not exist, naming those that do; for a model without a bundle.
     """
+    is_registered = registered(uri) is not None  # a name that cannot be is refused before the store is looked at
+    if re.fullmatch(r"models:/(?!m-)[^/@]*@?", uri):
+        raise _no_address(uri)
     store = tracking_uri()
-    check_tracking(store)
+    check_tracking(store, make=False)
     import mlflow
 
     with mlflow_calls(store, timeout=120):
-        if _REGISTERED.fullmatch(uri):
+        if is_registered:
             name, number = resolve_model(uri)
             uri = f"models:/{name}/{number}"
         if (store, uri) not in _downloads:
@@ -353,14 +362,18 @@ def resolve_model(uri: str) -> tuple[str, int]:
     Raises:
         OsmlError: for another address, and as `find_version`.
     """
-    named = _REGISTERED.fullmatch(uri)
+    named = registered(uri)
     if not named:
-        raise OsmlError(f"'{uri}' names no registered model: expected models:/NAME@alias or models:/NAME/7")
+        raise _no_address(uri)
     store = tracking_uri()
-    check_tracking(store)
-    name, alias, number = named.groups()
+    check_tracking(store, make=False)
+    name, alias, number = named
     with mlflow_calls(store):
         return name, int(find_version(name, alias=alias, version=number).version)
+
+
+def _no_address(uri: str) -> OsmlError:
+    return OsmlError(f"'{uri}' names no registered model: expected models:/NAME@alias or models:/NAME/7")
 
 
 def find_version(name: str, *, alias: str | None = None, version: int | str | None = None) -> Any:

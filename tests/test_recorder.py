@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from types import SimpleNamespace
+
+import pytest
 
 from osml_plugin.tune.recorder import Recorder, Relay
 from osml_plugin.tune.results import Sweep
@@ -103,3 +106,32 @@ def test_a_reported_error_is_a_failure(tmp_path):
     assert (now.sweep.trials[0].status, now.sweep.trials[0].error) == ("failed", "the loss is nan")
     assert now.sweep.ranked() == []
     assert json.loads((tmp_path / "trials.jsonl").read_text().splitlines()[-1])["status"] == "failed"
+
+
+def test_a_full_disk_halts_and_nothing_that_was_written_is_lost(tmp_path):
+    recorder(tmp_path).started(ray_trial("a"))
+    journal = tmp_path / "trials.jsonl"
+    written = journal.read_bytes() + b'{"id": "b", "par'  # cut off
+    journal.write_bytes(written)
+    now = recorder(tmp_path)
+    journal.rename(tmp_path / "aside")
+    journal.symlink_to("/dev/full")
+    now.started(ray_trial("b"))
+    with pytest.raises(OSError) as raised:
+        now.step_ended([ray_trial("b")])
+    assert raised.value.errno == errno.ENOSPC
+    journal.unlink()
+    (tmp_path / "aside").rename(journal)
+    now.completed(ray_trial("a"))  # what Ray does in its cleaning up is no news of a trial
+    now.step_ended([], last=True)
+    assert journal.read_bytes() == written + b"\n"
+    assert [(t.id, t.status) for t in recorder(tmp_path).sweep.trials] == [("a", "running")]
+
+
+def test_a_trial_that_died_of_a_full_disk_has_not_failed(tmp_path):
+    now = recorder(tmp_path)
+    now.started(ray_trial("a"))
+    now.died(ray_trial("a", error=RuntimeError("OSError: [Errno 28] No space left on device")))
+    assert now.sweep.trials[0].status == "running"
+    with pytest.raises(OSError, match="No space left on device: 'where trial 0 ran"):
+        now.step_ended([ray_trial("a")])

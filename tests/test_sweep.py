@@ -14,7 +14,8 @@ from sweeps import QUICK, SPLIT, ray_here, runs_of, same, settings
 from osml_plugin import OsmlError, evaluate
 from osml_plugin.bundle import load_bundle
 from osml_plugin.data import Split, open_items, test_indices
-from osml_plugin.tune.sweeping import prepare, settings_of, sweep
+from osml_plugin.tune.job import prepare, settings_of
+from osml_plugin.tune.sweeping import sweep
 
 
 @pytest.fixture(scope="module")

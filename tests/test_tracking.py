@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import signal
 import socket
 import subprocess
@@ -171,6 +172,8 @@ def test_what_does_not_exist_is_named_with_what_does(store, bundle):
         ("models:/digit/1", "did you mean 'digits'"),
         ("models:/digits@champion", "no alias 'champion'; it has challenger"),
         ("models:/digits/7", "no version 7; it has 1"),
+        ("models:/digits", "expected models:/NAME@alias"),
+        ("models:/", "expected models:/NAME@alias"),
         ("runs:/0123/model", "0123"),
     ]:
         with pytest.raises(OsmlError, match=says) as caught:
@@ -399,3 +402,99 @@ def test_a_server_that_goes_away_and_comes_back(empty_store, bundle, tmp_path, m
     finally:
         kill(server)
     assert capfd.readouterr().out == ""
+
+
+# --- a store that is only read, and one that was moved ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["a@b", "a/b", "a:b", "50%", "what?", "#1", "a;b", "", " ", " a", "a ", "..", "a\nb", "x" * 201]
+)
+def test_a_name_that_could_never_be_read_is_refused_wherever_it_is_given(name, tmp_path, monkeypatch):
+    from osml_plugin.tune.promotion import promote, rollback
+    from osml_plugin.tune.sweeping import sweep
+
+    monkeypatch.chdir(tmp_path)
+    calls = [
+        lambda: sweep("data", "out", register=name),
+        lambda: log_bundle("bundle", run_id="1", register=name),
+        lambda: promote(name),
+        lambda: rollback(name),
+    ]
+    if name.strip() and not set(name) & set("/\n"):
+        calls += [
+            lambda: download_bundle(f"models:/{name}@champion"),
+            lambda: tracking.resolve_model(f"models:/{name}/1"),
+        ]
+    for call in calls:
+        with pytest.raises(OsmlError, match="cannot name a registered model") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", [None, b""])
+def test_reading_makes_no_store(content, tmp_path, monkeypatch, osml):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "to be forgotten")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / "mlflow.db").write_bytes(content)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for command in (
+        ["evaluate", "models:/birds@champion", "--data", "."],
+        ["predict", "models:/birds/1", "a.jpg"],
+        ["predict", "runs:/1234/model", "a.jpg"],
+        ["promote", "birds"],
+        ["rollback", "birds"],
+    ):
+        status, out, err = osml(*command)
+        assert (status, out, err.count("\n")) == (2, "", 1), err
+        assert "there is no store" in err and "MLFLOW_TRACKING_URI" in err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_store_that_is_moved_or_copied_keeps_its_models(empty_store, bundle, tmp_path, monkeypatch):
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "to be forgotten")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    old, new = tmp_path / "ein Möwen #1", tmp_path / "new"
+    old.mkdir()
+    (old / "mlflow.db").write_bytes(empty_store)
+    monkeypatch.chdir(old)
+    run_id = SweepRuns(tracking.tracking_uri(), "digits", "s").start("sweep", {}, {})
+    old.rename(new)  # before there is any model
+    monkeypatch.chdir(new)
+    log_bundle(bundle, run_id=run_id, register="digits")
+    assert not old.exists()
+    assert (download_bundle(f"runs:/{run_id}/model") / "bundle.json").is_file()
+    shutil.copytree(new, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    log_bundle(bundle, run_id=run_id, register="digits")  # beside the copy, not beside the original
+    shutil.rmtree(new)
+    (tmp_path / "copy").rename(old)
+    (tmp_path / "link").symlink_to(old)
+    for folder in (old, tmp_path / "link"):
+        monkeypatch.chdir(folder)
+        for version in (1, 2):
+            tracking._downloads.clear()
+            found = download_bundle(f"models:/digits/{version}")
+            assert (found / "bundle.json").read_bytes() == (bundle / "bundle.json").read_bytes()
+    assert len(mlflow.pyfunc.load_model("models:/digits@challenger").metadata.signature.inputs) == 1  # MLflow itself
+
+
+def test_artifacts_that_were_put_elsewhere_on_purpose_stay_there(empty_store, bundle, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "to be forgotten")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.chdir(tmp_path)
+    Path("mlflow.db").write_bytes(empty_store)
+    place = (tmp_path / "big disk" / "mlartifacts").as_uri()
+    (tmp_path / "big disk").mkdir()
+    MlflowClient(tracking.tracking_uri()).create_experiment("digits", place)
+    run_id = SweepRuns(tracking.tracking_uri(), "digits", "s").start("sweep", {}, {})
+    log_bundle(bundle, run_id=run_id, register="digits")
+    (tmp_path / "mlartifacts").mkdir()
+    assert (download_bundle("models:/digits/1") / "bundle.json").is_file()
+    assert MlflowClient(tracking.tracking_uri()).get_experiment_by_name("digits").artifact_location == place
+    assert not list((tmp_path / "mlartifacts").iterdir())

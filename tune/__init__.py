@@ -9,10 +9,10 @@ _WHERE = {
     "Space": "space",
     "SweepConfig": "settings",
     "make_tuner": "tuner",
-    "prepare": "sweeping",
+    "prepare": "job",
     "promote": "promotion",
     "rollback": "promotion",
-    "settings_of": "sweeping",
+    "settings_of": "job",
     "sweep": "sweeping",
 }
 

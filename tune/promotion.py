@@ -16,6 +16,7 @@ from osml_plugin.errors import OsmlError
 from osml_plugin.metrics import open_set_metrics
 from osml_plugin.recognizer import OpenSetRecognizer
 from osml_plugin.tracking import check_tracking, download_bundle, find_version, mlflow_calls, tracking_uri
+from osml_plugin.tracking_names import model_name
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 """Aliases of model versions."""
@@ -63,12 +64,12 @@ def promote(
     Raises:
         OsmlError: for a model or version that does not exist, and where the two cannot be compared.
     """
-    store = tracking_uri()
-    check_tracking(store)
+    name, store = model_name(name), tracking_uri()
+    check_tracking(store, make=False)
     with mlflow_calls(store):
         found = find_version(name, alias=CHALLENGER) if version is None else find_version(name, version=version)
         challenger, champion = int(found.version), _champion(name)
-        data = data or found.tags.get("data_path")
+        was = found.tags.get("data_path")
     scores, n_items = {}, 0
     if champion == challenger:
         promoted, reason = False, f"version {challenger} is the champion already"
@@ -77,6 +78,8 @@ def promote(
     elif force:
         promoted, reason = True, f"version {challenger} replaces version {champion} without a comparison, as asked"
     else:
+        if data is None:
+            data = _where_they_were(name, challenger, was)
         scores, n_items = _compared(name, challenger, champion, data, progress)
         promoted = scores["challenger"] > scores["champion"]
         figures = f"{scores['challenger']:.4f} against {scores['champion']:.4f} OSCR on {n_items} validation items"
@@ -96,8 +99,8 @@ def rollback(name: str) -> int:
     Raises:
         OsmlError: for a model that does not exist, or that had no other champion whose version is still there.
     """
-    store = tracking_uri()
-    check_tracking(store)
+    name, store = model_name(name), tracking_uri()
+    check_tracking(store, make=False)
     with mlflow_calls(store):
         champion, past = _champion(name), _past(name)
         while past:
@@ -114,11 +117,9 @@ def rollback(name: str) -> int:
 
 
 def _compared(
-    name: str, challenger: int, champion: int, data: str | Path | None, progress: bool
+    name: str, challenger: int, champion: int, data: str | Path, progress: bool
 ) -> tuple[dict[str, float], int]:
     """The OSCR of both on the same items, and how many these are."""
-    if data is None:
-        raise OsmlError(f"version {challenger} of '{name}' does not say where its data are: name them with --data")
     versions = {"challenger": challenger, "champion": champion}
     recognizers = {role: load_bundle(download_bundle(f"models:/{name}/{number}")) for role, number in versions.items()}
     new, old = recognizers["challenger"], recognizers["champion"]
@@ -140,6 +141,17 @@ def _compared(
         except OsmlError as error:
             raise _not_comparable(f"the {role} cannot take '{data}': {error}", challenger, champion) from error
     return scores, len(items)
+
+
+def _where_they_were(name: str, version: int, data: str | None) -> str:
+    """The place of the validation items that a version's tag names."""
+    if data is None:
+        raise OsmlError(f"version {version} of '{name}' does not say where its data are: name them with --data")
+    if not Path(data).exists():
+        raise OsmlError(
+            f"the data of version {version} of '{name}' are not in '{data}' any more: name them with --data"
+        )
+    return data
 
 
 def _not_comparable(why: str, challenger: int, champion: int) -> OsmlError:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,9 +15,13 @@ from typing import Any, ClassVar
 from ray.tune import Callback
 
 from .results import Sweep, Trial
+from .snapshots import Snapshots
 from .trial import params_of
 
 LINES = "trials.jsonl"
+FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT))
+LITTLE = 2**20
+"""Bytes: a disk with less room than this is full."""
 
 
 @dataclass
@@ -36,7 +43,8 @@ class Journal:
         if self.file.exists():
             text = self.file.read_text(encoding="utf-8")
             if text and not text.endswith("\n"):
-                self.file.write_text(text + "\n", encoding="utf-8")  # what comes next is a line of its own
+                with open(self.file, "a", encoding="utf-8") as out:
+                    out.write("\n")  # what comes next is a line of its own
             for line in text.splitlines():
                 try:
                     found.append(json.loads(line))
@@ -56,6 +64,10 @@ class Recorder:
         blank: the sweep without trials.
         epochs_of: those of a whole trial with some parameters.
         watchers: called with the sweep so far and the trial that changed.
+        snapshots: where Ray's snapshots are kept.
+
+    A disk that is full halts the sweep: trials would die one after the other. From then on nothing is written down, and
+    the end of Ray's step raises the OSError.
     """
 
     current: ClassVar[Recorder | None] = None
@@ -67,7 +79,10 @@ class Recorder:
         blank: Sweep,
         epochs_of: Callable[[Mapping[str, Any]], int],
         watchers: Sequence[Watcher] = (),
+        snapshots: Snapshots | None = None,
     ):
+        self.snapshots = snapshots
+        self.halted: OSError | None = None
         self.journal, self.blank, self.epochs_of, self.watchers = Journal(journal), blank, epochs_of, watchers
         self.trials: dict[str, Trial] = {}
         self.numbers: dict[str, int] = {}
@@ -111,15 +126,41 @@ class Recorder:
         self._write(trial, status=status)
 
     def died(self, trial: Any) -> None:
+        self.stumbled(trial)
         self._write(trial, status="failed", error=_reason(trial))
+
+    def stumbled(self, trial: Any) -> None:
+        """A trial has failed, for the last time or not: halt where that is for want of room."""
+        folder = self.journal.file.parent
+        if shutil.disk_usage(folder).free < LITTLE:
+            self.halted = self.halted or OSError(errno.ENOSPC, FULL[0], str(folder))
+        elif any(full in _error(trial) for full in FULL):
+            where = f"where trial {self.numbers[trial.trial_id]} ran, or keeps its checkpoints"
+            self.halted = self.halted or OSError(errno.ENOSPC, FULL[0], where)
+
+    def step_ended(self, trials: Sequence[Any], last: bool = False) -> None:
+        """Keep Ray's snapshot. Raises OSError where there is no room for it, or was none for something else."""
+        if self.halted is None and self.snapshots is not None and trials:
+            try:
+                self.snapshots.keep(trials[0].local_experiment_path, now=last)
+            except OSError as error:
+                self.halted = error
+        if self.halted is not None and not last:
+            raise self.halted
 
     # --- inside -------------------------------------------------------------------------------------------
 
     def _write(self, trial: Any, **fields: Any) -> None:
+        if self.halted is not None:
+            return
         params = params_of(trial.config)
         number = self.numbers[trial.trial_id]
         entry = {"id": trial.trial_id, "number": number, "params": params, "time": time.time(), **fields}
-        self.journal.append(entry)
+        try:
+            self.journal.append(entry)
+        except OSError as error:
+            self.halted = error
+            return
         now = self._take(entry)
         for watcher in self.watchers:
             watcher(self.sweep, now)
@@ -140,10 +181,13 @@ class Recorder:
         return trial
 
 
+def _error(trial: Any) -> str:
+    return str((trial.get_error() if hasattr(trial, "get_error") else None) or "")
+
+
 def _reason(trial: Any) -> str:
     """The last line of what a trial died of."""
-    error = trial.get_error() if hasattr(trial, "get_error") else None
-    text = str(error or "it died, and left no reason")
+    text = _error(trial) or "it died, and left no reason"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:500]
 
@@ -167,8 +211,17 @@ class Relay(Callback):
         if recorder := _told(trials):
             recorder.died(trial)
 
+    def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        if recorder := _told(trials):
+            recorder.stumbled(trial)
+
+    def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
+        if recorder := Recorder.current:
+            recorder.step_ended(trials)
+
     def on_experiment_end(self, trials: list, **info: Any) -> None:
-        _told(trials)
+        if recorder := _told(trials):
+            recorder.step_ended(trials, last=True)
 
 
 def _told(trials: list) -> Recorder | None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from osml_plugin.errors import OsmlError
 from osml_plugin.tracking import mlflow_calls, pages
+from osml_plugin.tracking_file import ARTIFACTS, sqlite_file
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +149,9 @@ class SweepRuns:
                         self._client.log_artifact(self._parent.id, str(path))
                 self._end(self._parent, status)
         except OsmlError as error:
-            logger.warning("the sweep's end could not be stored (%s); resuming the sweep stores it", error)
+            # An error that says how to go on is on its way, unless the sweep is done.
+            level = logging.WARNING if status == "FINISHED" else logging.INFO
+            logger.log(level, "the sweep's end could not be stored (%s); resuming the sweep stores it", error)
             return False
         return flushed
 
@@ -287,10 +290,9 @@ class SweepRuns:
         found = self._client.get_experiment_by_name(self.experiment)
         if found is None:
             # Beside the SQLite file, wherever the driver was started; a server decides for itself.
-            local = self.uri.startswith("sqlite:///")
-            folder = Path(self.uri.removeprefix("sqlite:///").partition("?")[0]).parent / "mlartifacts"
+            file = sqlite_file(self.uri)
             try:
-                return self._client.create_experiment(self.experiment, folder.as_uri() if local else None)
+                return self._client.create_experiment(self.experiment, file and (file.parent / ARTIFACTS).as_uri())
             except MlflowException:  # another process made it in between
                 found = self._client.get_experiment_by_name(self.experiment)
                 if found is None:
@@ -307,8 +309,8 @@ class SweepRuns:
             return
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        for name in ("mlflow.system_metrics", "urllib3"):  # its thread outlives `mlflow_calls`
-            logging.getLogger(name).setLevel(logging.ERROR)
+        for name in ("mlflow.system_metrics", "mlflow.store.db", "urllib3"):  # its thread outlives `mlflow_calls`
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         self._stop_monitor()
         self._monitor = SystemMetricsMonitor(self._parent.id, resume_logging=True, tracking_uri=self.uri)
         self._monitor.start()

@@ -9,38 +9,35 @@ import sys
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pyarrow.fs import FileSelector, FileSystem
 from ray import tune
 
 from osml_plugin import commands, tracking
-from osml_plugin.config import Config
-from osml_plugin.data import Items, Split, check_pictures, open_items, readable_items, tell_shared_files
+from osml_plugin.data import Split
 from osml_plugin.errors import OsmlError
-from osml_plugin.pipeline import check_choices, sets_of, split_of, threshold_of
-from osml_plugin.schema import apply_override, checked, read_yaml
-from osml_plugin.training import epochs
-from osml_plugin.training_data import bit_depth_of
+from osml_plugin.tracking_names import model_name
 
-from .asked import ASKED, Asked, sweep_lock, write_json
+from .asked import ASKED, Asked, how_to_resume, resumable, sweep_lock, write_json
 from .cluster_session import ray_session
-from .folds import SweepData, share, sweep_data
+from .folds import share
+from .job import Job, check_same, job_of, settings_of
 from .live import LiveTable
 from .page import write_page
 from .recorder import LINES, Recorder
 from .results import Sweep, Trial
 from .runs import SweepRuns
-from .settings import SweepConfig
-from .space import Space
-from .trial import Plan, trainable, with_part
+from .snapshots import FILE as SNAPSHOT
+from .snapshots import Snapshots, put_back
+from .trial import trainable
 from .tuner import make_tuner
 from .winner import Winner, find_winner, write_config, write_winner
 
-RESULT, TRIALS = "result.json", "trials"
+RESULT, PAGE, BUNDLE, TRIALS = "result.json", "report.html", "best", "trials"
 EXPERIMENT = "osml"
 
 logger = logging.getLogger(__name__)
@@ -48,22 +45,6 @@ logger = logging.getLogger(__name__)
 
 class Interrupted(OsmlError):
     """The sweep was stopped before its trials had ended; it can be resumed."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """A sweep that is ready to run: `make_tuner(job.data, job.plan, storage=…)` gives its Tuner."""
-
-    source: str
-    split: Split
-    data: SweepData
-    """What trials receive."""
-    plan: Plan
-    items: Items
-    """All of the source, the test's too: for the driver alone, after the winner is found."""
-    fingerprint: str
-    """Of these."""
-    skip_bad: bool
 
 
 def sweep(
@@ -102,12 +83,13 @@ def sweep(
     out = Path(out)
     if out.exists() and not resume:
         raise OsmlError(f"'{out}' exists: pass --resume to go on with it, or choose another --out")
-    if register is not None and (not register.strip() or set(register) & set("/:")):
-        raise OsmlError(f"'{register}' cannot name a registered model: expected a name without '/' and ':'")
+    if register is not None:
+        register = model_name(register)
     said = {"loss": loss, "trials": trials, "seed": seed, "alpha": alpha, "address": address}
     overrides = list(overrides)
     settings = settings_of(config, overrides=overrides, **said)
-    if (out / ASKED).is_file():
+    begun, given, before = (out / ASKED).is_file(), tracking.given_uri(), os.environ.get("MLFLOW_TRACKING_URI")
+    if begun:
         anything = config is not None or overrides or any(value is not None for value in said.values())
         asked = Asked.read(out).again(out, data, settings if anything else None, register)
     elif data is None:
@@ -116,13 +98,15 @@ def sweep(
         uri = tracking.tracking_uri()
         source = str(Path(data).resolve())
         asked = Asked(uuid.uuid4().hex[:12], source, {}, settings, skip_bad, register, uri, data_fingerprint="")
-    before = os.environ.get("MLFLOW_TRACKING_URI")
     os.environ["MLFLOW_TRACKING_URI"] = asked.tracking_uri
     try:
+        make = not begun or given is not None  # a store that is gone is not replaced by an empty one unasked
         if (out / RESULT).is_file():
-            with sweep_lock(out):
-                return _concluded(asked, out)
-        tracking.check_tracking(asked.tracking_uri)
+            if data is not None:
+                check_same(asked, out, data, progress)
+            with sweep_lock(out), resumable(out):
+                return _concluded(asked, out, make, progress)
+        tracking.check_tracking(asked.tracking_uri, make=make)
         return _swept(asked, out, split, n_known, progress)
     finally:
         os.environ.pop("MLFLOW_TRACKING_URI", None)
@@ -131,106 +115,21 @@ def sweep(
 
 
 def _swept(asked: Asked, out: Path, split: str | Path | Split | None, n_known: int | None, progress: bool) -> dict:
-    job = prepare(
-        asked.data,
-        asked.settings,
-        split=Split.from_dict(asked.split) if asked.split else split,
-        n_known=None if asked.split else n_known,
-        skip_bad=asked.skip_bad,
-        progress=progress,
-    )
-    if asked.data_fingerprint not in ("", job.fingerprint):
-        raise OsmlError(f"'{asked.data}' has changed since this sweep began: start a new one with another --out")
-    asked = replace(asked, split=job.split.to_dict(), data_fingerprint=job.fingerprint)
+    job = job_of(asked, out, split, n_known, progress)
+    asked = replace(asked, data=job.source, split=job.split.to_dict(), data_fingerprint=job.fingerprint)
     with ray_session(asked.settings.address, asked.settings.resources):
         job = replace(job, data=share(job.data, asked.settings.config, progress=progress))
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OsmlError(f"cannot write '{out}': {error.strerror}; choose another --out") from error
-        with sweep_lock(out):
+        with sweep_lock(out), resumable(out):
             asked.write(out)
             return _run(asked, job, out, progress)
 
 
-def settings_of(
-    config: str | Path | Mapping[str, Any] | None = None,
-    *,
-    overrides: Iterable[str] = (),
-    loss: str | None = None,
-    trials: int | None = None,
-    seed: int | None = None,
-    alpha: float | None = None,
-    address: str | None = None,
-) -> SweepConfig:
-    """The sweep's settings of a file or values, and of what is said beside it; see `sweep`."""
-    values = deepcopy(dict(config)) if isinstance(config, Mapping) else read_yaml(config) if config is not None else {}
-    base = values["config"] = values.get("config") or {}
-    if not isinstance(base, dict):
-        raise OsmlError(f"'config' of a sweep holds keys and values of a training; got {base!r}")
-    if loss is not None:
-        if "loss" in (values.get("space") or {}):
-            raise OsmlError("the sweep's space names the losses already: leave out --loss, or take 'loss' out of it")
-        base["loss"] = loss
-    for override in overrides:
-        apply_override(base, override, Config)
-    base.update({k: v for k, v in (("seed", seed), ("alpha", alpha)) if v is not None})
-    values.update({k: v for k, v in (("trials", trials), ("address", address)) if v is not None})
-    return checked(values, SweepConfig)
-
-
-def prepare(
-    source: str | Path,
-    settings: SweepConfig,
-    *,
-    split: str | Path | Split | None = None,
-    n_known: int | None = None,
-    skip_bad: bool = False,
-    progress: bool = True,
-) -> Job:
-    """Open the data, draw the folds, and check that all of it can work, before anything is trained.
-
-    For a Tuner of one's own, and its trials without MLflow, page and bundle:
-
-    >>> job = prepare("photos", settings_of("sweep.yaml"), n_known=6)                     # doctest: +SKIP
-    >>> tuner = make_tuner(job.data, job.plan, storage="/tmp/sweeps")                     # doctest: +SKIP
-    >>> results = tuner.fit()                                                             # doctest: +SKIP
-    """
-    config = settings.config
-    space = Space(settings.space, config, levels=settings.levels)
-    if settings.search == "pbt" and not space.movable:
-        raise OsmlError(
-            "pbt moves numbers of loss, miner and optimizer while trials run, and the space has none: search one, "
-            "such as optimizer.lr, or use search optuna"
-        )
-    items = open_items(source)
-    split = split_of(split, items, n_known, config.seed)
-    items, survey = readable_items(items, skip_bad, progress, config.data.ground)
-    n_epochs = epochs(config, 0 if survey is None else 1)
-    if config.training.patience is not None:
-        raise OsmlError("training.patience has no place in a sweep, whose scheduler stops trials: leave it out")
-    sets = sets_of(items, None if survey is None else survey.signatures, config)
-    data = sweep_data(items, survey, split, config, settings.folds, sets)
-    tell_shared_files(items)
-    if survey is not None:
-        check_pictures(items, survey, bit_depth_of(config, data.survey))
-    plan = Plan(settings, space, n_epochs)
-    if settings.winner == "as-is" and not data.own:
-        raise OsmlError(
-            "the winner cannot be taken as it is: the split names no pseudo-unknown classes, so every trial holds out "
-            "some known ones; name some, or use winner: retrain"
-        )
-    threshold_of(config)  # refuses a rate that is said twice
-    # The winner may be trained again, on the split itself.
-    for trained_on in (data.folds[0].split, split):
-        for name, params in plan.rules(config):
-            check_choices(with_part(config, "threshold", name, params), trained_on, n_epochs, rate_is_said=True)
-    return Job(str(source), split, data, plan, items, items.fingerprint(), skip_bad)
-
-
 def _run(asked: Asked, job: Job, out: Path, progress: bool) -> dict[str, Any]:
     settings = asked.settings
-    blank = Sweep([], job.plan.space.dimensions, settings.objective, settings.trials, _facts(job))
     runs = _runs(asked)
     run_id = runs.start(out.name, _flat(settings.model_dump(mode="json")), _tags(job))
     table = LiveTable() if progress else None
@@ -240,7 +139,7 @@ def _run(asked: Asked, job: Job, out: Path, progress: bool) -> dict[str, Any]:
         if table:
             table.update(sweep)
 
-    recorder = Recorder(out / LINES, blank, job.plan.epochs_of, [store])
+    recorder = Recorder(out / LINES, _blank(job), job.plan.epochs_of, [store], Snapshots(out / SNAPSHOT))
     for trial in recorder.sweep.trials:
         store(recorder.sweep, trial)  # what the store missed, and who is done already
     ended = "FAILED"
@@ -256,13 +155,13 @@ def _run(asked: Asked, job: Job, out: Path, progress: bool) -> dict[str, Any]:
             ended = "KILLED"
             raise Interrupted(
                 f"interrupted with {len(swept.trials) - open_ones} of {settings.trials} trials ended; all is saved: "
-                f"osml tune --out {out} --resume goes on"
+                f"{how_to_resume(out)} goes on"
             )
         result = _finish(asked, job, out, swept, results, run_id, progress)
         ended = "FINISHED"
     except KeyboardInterrupt:
         ended = "KILLED"
-        raise Interrupted(f"interrupted; all is saved: osml tune --out {out} --resume goes on") from None
+        raise Interrupted(f"interrupted; all is saved: {how_to_resume(out)} goes on") from None
     finally:
         if ended != "FINISHED":
             runs.close(ended)
@@ -273,18 +172,31 @@ def _fit(asked: Asked, job: Job, out: Path, recorder: Recorder) -> tune.ResultGr
     """Run the trials, or those that are left."""
     # A trial that began after the last snapshot is drawn again on a resume: take one often.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "2")
-    storage = asked.settings.storage or str(out.resolve())
-    name = TRIALS if asked.settings.storage is None else f"{out.name}-{asked.id}"
+    storage, name = _place(asked, out)
     path = f"{storage.rstrip('/')}/{name}"
     Recorder.current = recorder
     try:
-        if tune.Tuner.can_restore(path):
+        if put_back(out / SNAPSHOT, path):
             tuner = tune.Tuner.restore(path, trainable(job.data, job.plan), resume_errored=True)
         else:
             tuner = make_tuner(job.data, job.plan, storage=storage, name=name)
         return tuner.fit()
     finally:
         Recorder.current = None
+
+
+def _place(asked: Asked, out: Path) -> tuple[str, str]:
+    """The storage of the trials, and the name of the experiment's folder there: the sweep's folder may be renamed."""
+    if (storage := asked.settings.storage) is None:
+        return str(out.resolve()), TRIALS
+    if "://" not in storage and not os.path.isabs(storage):
+        raise OsmlError(
+            f"storage '{storage}' is no address: expected an absolute folder or one such as s3://bucket/folder"
+        )
+    filesystem, folder = FileSystem.from_uri(storage)
+    there = filesystem.get_file_info(FileSelector(folder, allow_not_found=True))
+    begun = [entry.base_name for entry in there if entry.base_name.endswith(f"-{asked.id}")]
+    return storage, begun[0] if begun else f"{out.name}-{asked.id}"
 
 
 def _finish(
@@ -294,11 +206,11 @@ def _finish(
     counts = Counter(t.status for t in swept.trials)
     ranked = swept.ranked()
     if not ranked:
-        write_page(out / "report.html", swept)
+        write_page(out / PAGE, swept)
         first = next((t.error for t in swept.trials if t.error), "no reason was left")
         raise OsmlError(f"none of {len(swept.trials)} trials came through; the first failed with: {first}")
     winner = find_winner(ranked, results, job.plan)
-    bundle = out / "best"
+    bundle = out / BUNDLE
     write_config(winner.config, out / "best.yaml")
     write_winner(
         winner,
@@ -321,9 +233,7 @@ def _finish(
         "best": _described(winner),
         "validation": winner.figures,
         "test": test,
-        "bundle": str(bundle),
-        "report": str(out / "report.html"),
-        "tracking_uri": tracking.shown(asked.tracking_uri),
+        **_paths(asked, out),
         "run_id": run_id,
         "model": None,
         "registered": None,
@@ -331,7 +241,7 @@ def _finish(
         "stored": False,
     }
     write_json(out / RESULT, result)  # before anything else can fail: the test is not looked at twice
-    write_page(out / "report.html", swept, {"validation": _shown(winner.figures), "test": _shown(test or {})})
+    _write_page(out, swept, result)
     return result
 
 
@@ -344,11 +254,11 @@ def _stored(asked: Asked, out: Path, result: dict[str, Any], runs: SweepRuns, re
             oscr = f"{result['validation']['oscr']:.6f}"
             tags = {"sweep": asked.id, "data_path": asked.data, "validation_oscr": oscr}
             uri, version = tracking.log_bundle(
-                out / "best", run_id=result["run_id"], register=asked.register, tags=tags
+                out / BUNDLE, run_id=result["run_id"], register=asked.register, tags=tags
             )
             result = result | {"model": uri, "registered": asked.register, "model_version": version}
             write_json(out / RESULT, result)
-        files = [out / name for name in ("best.yaml", "report.html", RESULT) if (out / name).is_file()]
+        files = [out / name for name in ("best.yaml", PAGE, RESULT) if (out / name).is_file()]
         stored = runs.close("FINISHED", _prefixed(result), {"best_trial": result["best"]["trial"]}, files)
     except OsmlError as error:
         runs.close("FAILED")
@@ -359,19 +269,43 @@ def _stored(asked: Asked, out: Path, result: dict[str, Any], runs: SweepRuns, re
     return result
 
 
-def _concluded(asked: Asked, out: Path) -> dict[str, Any]:
-    """The result of a sweep whose trials are done; what the store did not take then, or was not asked to, it gets."""
-    result = json.loads((out / RESULT).read_text(encoding="utf-8"))
-    if result["stored"] and asked.register in (None, result["registered"]):
+def _concluded(asked: Asked, out: Path, make: bool, progress: bool) -> dict[str, Any]:
+    """The result of a sweep whose trials are done; what the disk or the store did not take then, or was not asked to,
+    it gets."""
+    result = json.loads((out / RESULT).read_text(encoding="utf-8")) | _paths(asked, out)
+    has_page = (out / PAGE).is_file()
+    if result["stored"] and has_page and asked.register in (None, result["registered"]):
         return result
-    tracking.check_tracking(asked.tracking_uri)
+    blank = Sweep([], [], asked.settings.objective, 0)
+    recorder = Recorder(out / LINES, blank, lambda params: 0)
+    if not has_page:
+        job = job_of(asked, out, None, None, progress)
+        asked = replace(asked, data=job.source)
+        _write_page(out, replace(_blank(job), trials=recorder.sweep.trials), result)
+    tracking.check_tracking(asked.tracking_uri, make=make)
     asked.write(out)
     runs = _runs(asked)
     runs.start(out.name, {}, {})
-    recorder = Recorder(out / LINES, Sweep([], [], asked.settings.objective, 0), lambda params: 0)
     for trial in recorder.sweep.trials:
         _record(runs, trial)
     return _stored(asked, out, result, runs, recorder)
+
+
+def _paths(asked: Asked, out: Path) -> dict[str, str]:
+    """What lies where: a sweep may be moved."""
+    where = {"bundle": out / BUNDLE, "report": out / PAGE, "tracking_uri": tracking.shown(asked.tracking_uri)}
+    return {name: str(place) for name, place in where.items()}
+
+
+def _blank(job: Job) -> Sweep:
+    """The sweep before its first trial."""
+    settings = job.plan.settings
+    return Sweep([], job.plan.space.dimensions, settings.objective, settings.trials, _facts(job))
+
+
+def _write_page(out: Path, swept: Sweep, result: Mapping[str, Any]) -> None:
+    figures = {"validation": _shown(result["validation"]), "test": _shown(result["test"] or {})}
+    write_page(out / PAGE, swept, figures)
 
 
 def _runs(asked: Asked) -> SweepRuns:
