@@ -14,6 +14,7 @@ from osml_plugin.errors import unknown_name
 from ..body import Schema, read_input
 from ..keys import Refused
 from ..live import Snapshot
+from ..prefix import route_path
 from ..schemas import Problem
 from ..service import Service, fingerprint
 from ..store import Write, Written
@@ -103,7 +104,7 @@ def writer_with(scope: Scope):
 
     async def writer(request: Request, _: Bearer, idempotency_key: IdempotencyKey = None) -> Write:
         actor = _identified(request, scope)
-        said = fingerprint(request.method, request.url.path, await request.body())
+        said = fingerprint(request.method, route_path(request.scope), await request.body())
         return Write(actor, idempotency_key, said)
 
     return writer
