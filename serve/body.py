@@ -207,6 +207,8 @@ class _InMemory(MultiPartParser):
 
 
 async def _files(request: Request, body: AsyncGenerator[bytes, None], limits: Limits) -> list[bytes]:
+    if b"boundary" not in parse_options_header(request.headers["content-type"])[1]:
+        raise _unreadable("multipart/form-data without a boundary: let the client make the Content-Type itself")
     parser = _InMemory(request.headers, body, max_files=limits.images)
     try:
         form = await parser.parse()

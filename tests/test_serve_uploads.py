@@ -244,6 +244,8 @@ def test_other_bodies_are_refused_by_their_type():
         refused = sent(packed, Content_Type="application/json", Content_Encoding=name)
         assert refused == f"415 the body is compressed (Content-Encoding: '{name}'): send it as it is"
     assert sent(PNG, Content_Encoding="identity") == [PNG]
+    refused = sent(b"--b\r\n", Content_Type="multipart/form-data")  # as set by hand, over what a client would have set
+    assert refused == "422 multipart/form-data without a boundary: let the client make the Content-Type itself"
 
 
 # --- on the wire -----------------------------------------------------------------------------------------

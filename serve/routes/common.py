@@ -36,7 +36,7 @@ BODY_PROBLEMS = PROBLEMS | {
     400: {"model": Problem, "description": "The body cannot be read."},
     408: {"model": Problem, "description": "The body comes too slowly."},
     413: {"model": Problem, "description": "The body, or an image, is too large."},
-    415: {"model": Problem, "description": "Neither multipart/form-data nor application/json."},
+    415: {"model": Problem, "description": "Neither a form, nor JSON, nor an image; or the body is compressed."},
 }
 NOT_FOUND = {404: {"model": Problem, "description": "There is no such class, item, discovery or group."}}
 WRITE_PROBLEMS = PROBLEMS | {
