@@ -47,6 +47,7 @@ WRITE_PROBLEMS = PROBLEMS | {
         "description": "It does not fit what is there now, or the key was used for something else.",
     },
     413: {"model": Problem, "description": "The body is too large."},
+    415: {"model": Problem, "description": "The body is compressed."},
     507: {"model": Problem, "description": "The disk of the store is full; nothing was changed."},
 }
 
