@@ -222,8 +222,10 @@ async def _files(request: Request, body: AsyncGenerator[bytes, None], limits: Li
         if not parser.complete:
             raise _unreadable("the multipart body ends before its last boundary")
         files = [file for _, file in form.multi_items()]
-        for file in files:
+        for i, file in enumerate(files):
             _check_size(file.size, limits)
+            if not file.size:
+                raise _unreadable(f"files.{i} is empty: expected an image file")
         _check_count(len(files), limits, "images in the field 'files'")
         contents = [await file.read() for file in files]
         if all(file.filename and _ENCODING not in file.headers for file in files):

@@ -90,7 +90,10 @@ def serve(
             if key:
                 print("keys       every request needs one: osml keys add NAME --scope recognize")
             else:
-                print("keys       none, so it is for this machine alone: osml keys add NAME --scope recognize")
+                through = ", and all whom a proxy on it lets in" if settings.root_path else ""
+                print(
+                    f"keys       none, so it is for this machine alone{through}: osml keys add NAME --scope recognize"
+                )
             print(f"try        curl {key}-F files=@image.jpg {address}/v1/recognize")
             print("stop       Ctrl-C", flush=True)
             stop.wait()
