@@ -90,7 +90,6 @@ def test_from_start_to_end(bundle, digits_folder, tmp_path):
         (("serve", "{bundle}", "--set", "limits.pixel=3"), "pixels"),
         (("serve", "{bundle}", "--database", "mysql://x/y"), "postgresql"),
         (("serve", "{bundle}", "--port", "99999"), "port"),
-        (("serve", "{bundle}", "--root-path", "/v1/x"), "put another one in front"),
         (("keys", "add", "x", "--scope", "everything"), "admin"),
         (("keys", "revoke", "x"), "no store"),
         (("keys", "list"), "no store"),
