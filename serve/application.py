@@ -19,6 +19,7 @@ from . import metrics
 from .body import ITEMS, BodyLimit
 from .gate import Admission, Loopback
 from .patience import Patience
+from .prefix import Prefix
 from .routes import ROUTERS
 from .service import Service
 from .store import Conflict, KeyReused, NotThere, StaleModel, StoreFull, StoreUnavailable
@@ -53,7 +54,7 @@ def make_app(service: Service) -> Any:
             expose_headers=["Idempotency-Replayed", "Retry-After"],
         )
     outer = Loopback(outer, lambda: not service.keyring.required, origins=service.config.cors)
-    return Measured(outer)
+    return Prefix(Measured(outer), service.config.root_path)
 
 
 def _errors(app: FastAPI) -> None:

@@ -47,6 +47,9 @@ def serve(
     follow: Annotated[
         bool | None, typer.Option("--follow", help="Go over to another version when the alias does.")
     ] = None,
+    root_path: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Path under which a proxy shows it, such as /vision.")
+    ] = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="A YAML configuration.")] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One value of it, such as unknowns.days=7.")
@@ -68,6 +71,7 @@ def serve(
         home=home,
         alpha=alpha,
         follow=follow,
+        root_path=root_path,
     )
     from .server import is_open, running
 
@@ -80,12 +84,16 @@ def serve(
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, lambda *_: stop.set())
             key = "" if is_open(settings) else "-H 'Authorization: Bearer KEY' "
+            address += settings.root_path
             print(f"serving    {address}    docs {address}/docs    metrics {address}/metrics")
             print(f"store      {_where(settings)}")
             if key:
                 print("keys       every request needs one: osml keys add NAME --scope recognize")
             else:
-                print("keys       none, so it is for this machine alone: osml keys add NAME --scope recognize")
+                through = ", and all whom a proxy on it lets in" if settings.root_path else ""
+                print(
+                    f"keys       none, so it is for this machine alone{through}: osml keys add NAME --scope recognize"
+                )
             print(f"try        curl {key}-F files=@image.jpg {address}/v1/recognize")
             print("stop       Ctrl-C", flush=True)
             stop.wait()

@@ -12,13 +12,15 @@ may remember an unknown item twice.
 from __future__ import annotations
 
 import io
+import json
 import random
+import re
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar, Unpack
+from typing import IO, Any, TypedDict, TypeVar, Unpack
 from urllib.parse import quote
 
 import httpx2
@@ -32,13 +34,20 @@ from osml_plugin.errors import OsmlError
 from . import schemas as s
 
 A = TypeVar("A", bound=BaseModel)
-ImageLike = str | Path | bytes | Image.Image
-"""A file's path, a file's bytes, or a picture in memory, which is sent as PNG."""
+ImageLike = str | Path | bytes | bytearray | memoryview | IO[bytes] | Image.Image
+"""A file's path, a file's bytes, a file that is open in binary mode, or a picture in memory, which is sent as PNG."""
 Images = ImageLike | Sequence[ImageLike]
 
-LOST = (httpx2.NetworkError, httpx2.TimeoutException, httpx2.RemoteProtocolError, httpx2.ProxyError)
+LOST = (
+    httpx2.NetworkError,
+    httpx2.TimeoutException,
+    httpx2.RemoteProtocolError,
+    httpx2.ProxyError,
+    httpx2.DecodingError,
+)
 RETRIED = frozenset({429, 502, 503, 504})
 FIRST_WAIT, LONGEST_WAIT = 0.1, 10.0  # seconds
+_KEY = re.compile(r"[!-~]+")
 LONGEST_ASKED = 60.0  # seconds; a server that asks for more (Retry-After) is not waited for
 
 
@@ -77,10 +86,20 @@ class Client:
         retries: int = 5,
         http: httpx2.Client | None = None,
     ):
-        self._own = None if http else httpx2.Client(base_url=address, timeout=timeout)
+        try:
+            self._own = None if http else httpx2.Client(base_url=address, timeout=timeout)
+        except Exception as error:  # of the address, or of a proxy or certificate that the environment names
+            raise OsmlError(f"cannot use the address {address!r}: {_reason(error)}") from error
         self._http = http or self._own
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        if key and not _KEY.fullmatch(str(key).strip()):
+            raise OsmlError("the key has characters that no key has: give it as 'osml keys add' printed it")
+        self._headers = {"Authorization": f"Bearer {str(key).strip()}"} if key else {}
         self._retries = retries
+
+    @property
+    def _address(self) -> str:
+        """For messages: without a password."""
+        return str(self._http.base_url.copy_with(userinfo=b""))
 
     def __enter__(self) -> Client:
         return self
@@ -144,7 +163,10 @@ class Client:
 
     def image(self, id: str) -> bytes:
         """The image of an unknown item or of an example, as it came."""
-        return self._send("GET", "items", id, "image").content
+        response = self._send("GET", "items", id, "image")
+        if not response.headers.get("Content-Type", "").startswith("image/"):
+            raise OsmlError(f"{response.url} gave no image: look at the address and its version")
+        return response.content
 
     def unknowns(self) -> Iterator[s.UnknownOut]:
         """The unknown pool, page by page."""
@@ -223,7 +245,7 @@ class Client:
     def ready(self) -> bool:
         """Whether the server takes requests; asks once, and no answer is a no."""
         try:
-            return self._http.get("/readyz", headers=self._headers).is_success
+            return self._once("GET", "/readyz").is_success
         except LOST:
             return False
 
@@ -242,9 +264,13 @@ class Client:
             after = {"after": found.next} if found.next else None
 
     def _send(self, method: str, *path: str | int, idempotency_key: str = "", **request: Any) -> httpx2.Response:
-        if any(part in ("", ".", "..") for part in path):
-            raise OsmlError(f"expected names and ids; got {path}")
-        url, headers, retried = "/v1/" + "/".join(quote(str(part), safe="") for part in path), {}, RETRIED
+        if any(not isinstance(part, str | int) or part in ("", ".", "..") for part in path):
+            raise OsmlError(f"expected names and ids; got {_short(path)}")
+        try:
+            url = "/v1/" + "/".join(quote(str(part), safe="") for part in path)
+        except UnicodeEncodeError as error:
+            raise OsmlError(f"a name or an id is no text that can be sent: {_short(path)}") from error
+        headers, retried = {}, RETRIED
         if method == "GET":
             retried = RETRIED | {500}
         elif path[0] not in ("recognize", "embed"):
@@ -252,12 +278,10 @@ class Client:
         for attempt in count():
             wait = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * random.uniform(0.5, 1)
             try:
-                response = self._http.request(method, url, headers=self._headers | headers, **request)
+                response = self._once(method, url, headers, **request)
             except LOST as error:
                 if attempt >= self._retries:
-                    raise OsmlError(f"no answer from {self._http.base_url}: {_reason(error)}") from error
-            except (httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
-                raise OsmlError(f"cannot ask {self._http.base_url} for {url}: {_reason(error)}") from error
+                    raise OsmlError(f"no answer from {self._address}: {_reason(error)}") from error
             else:
                 if response.is_success:
                     return response
@@ -268,6 +292,15 @@ class Client:
                 wait += asked  # never sooner than that, and not all clients at once
             time.sleep(wait)
 
+    def _once(self, method: str, url: str, headers: dict[str, str] | None = None, **request: Any) -> httpx2.Response:
+        """One try: an answer, one of `LOST`, or `OsmlError`."""
+        try:
+            return self._http.request(method, url, headers=self._headers | (headers or {}), **request)
+        except LOST:
+            raise
+        except Exception as error:  # headers, JSON and addresses that cannot be; answers that cannot be unpacked
+            raise OsmlError(f"cannot ask {self._address} for {url}: {_reason(error)}") from error
+
 
 def _items(**given: Any) -> dict[str, Any]:
     """The body that carries the one kind of items that is given."""
@@ -276,38 +309,59 @@ def _items(**given: Any) -> dict[str, Any]:
         raise OsmlError(f"expected one kind of items, such as images; got {' and '.join(given) or 'none'}")
     ((kind, items),) = given.items()
     if kind == "observation_ids":
+        if isinstance(items, str) or not isinstance(items, Iterable):
+            raise OsmlError(f"expected a list of observation ids; got {_short(items)}")
         return {"json": {kind: list(items)}}
     if kind == "embeddings":
         try:
             return {"json": {kind: np.asarray(items, np.float32).tolist()}}
-        except (ValueError, TypeError, RuntimeError) as error:
+        except Exception as error:  # tensors of other libraries raise what they like
             raise OsmlError(f"embeddings must be numbers of shape (N, D): {_reason(error)}") from error
-    images = [items] if isinstance(items, ImageLike) else items
-    files = [("files", (str(i), _file(image), "application/octet-stream")) for i, image in enumerate(images)]
+    if isinstance(items, str | Path | bytes | bytearray | memoryview | Image.Image) or hasattr(items, "read"):
+        items = [items]
+    if not isinstance(items, Iterable):
+        raise OsmlError(f"expected images, such as paths of files; got {_short(items)}")
+    files = [("files", (str(i), _file(image), "application/octet-stream")) for i, image in enumerate(items)]
     if not files:
         raise OsmlError("no images: give at least one")
     return {"files": files}
 
 
 def _file(image: ImageLike) -> bytes:
-    if isinstance(image, bytes):
-        return image
     try:
+        if isinstance(image, bytes | bytearray | memoryview):
+            return bytes(image)
+        if hasattr(image, "read"):
+            return bytes(image.read())
         if isinstance(image, Image.Image):
             ImageOps.exif_transpose(image).save(buffer := io.BytesIO(), "PNG")
             return buffer.getvalue()
         return Path(image).read_bytes()
-    except (OSError, TypeError) as error:
-        raise OsmlError(f"cannot send the image {image!r}: {_reason(error)}") from error
+    except Exception as error:  # Pillow's decoders and other people's files raise whatever they stumble on
+        raise OsmlError(f"cannot send the image {_short(image)}: {_reason(error)}") from error
+
+
+def _short(value: Any) -> str:
+    """A value in a line."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    text = _printable(str(error)) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}…"
 
 
 def _detail(response: httpx2.Response) -> str:
-    """The server's one line; of what stands before the server, the beginning of its page."""
+    """The server's one line; of what stands before the server, the beginning of its page, or where it points to."""
+    if response.has_redirect_location:
+        return f"it is at {_printable(response.headers['Location'])[:200]}: give that address"
     try:
-        return str(response.json()["detail"])
-    except (ValueError, KeyError, TypeError):
-        return " ".join(response.text.split())[:200] or response.reason_phrase
+        return _printable(str(json.loads(response.content)["detail"]))[:1000]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return _printable(response.content[:10_000].decode("utf-8", "replace"))[:200] or response.reason_phrase
+
+
+def _printable(text: str) -> str:
+    """One line, which a terminal shows and does not obey."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
@@ -16,6 +17,8 @@ from .settings import Limits
 FORMATS = ("JPEG", "PNG", "WEBP")
 MEDIA_TYPES = {"JPEG": "image/jpeg", "MPO": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 """MPO: the JPEG of a camera that keeps a preview or a depth map behind the picture."""
+
+_STARTS = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP", re.DOTALL)
 
 READS = 100_000
 """A file read in more pieces is refused: 16 MB can be millions of empty segments, at microseconds each."""
@@ -41,6 +44,11 @@ def decode(content: bytes, preprocessing: Preprocessing, limits: Limits) -> tupl
             return decode_opened(image, *preprocessing.form), MEDIA_TYPES[image.format]
     except Exception as error:  # Pillow's decoders raise whatever they stumble on
         raise BadImage(f"the image cannot be read: {_reason(error, limits)}") from None
+
+
+def begins_as_image(head: bytes) -> bool:
+    """True for the first 12 bytes, or more, of a JPEG, PNG or WEBP file."""
+    return _STARTS.match(head) is not None
 
 
 def pixels_of(content: bytes) -> int:

@@ -33,7 +33,10 @@ ClassName = Annotated[
 ]
 ItemId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$", examples=["0192f0c1a5b37c8e9d0f1a2b3c4d5e6f"])]
 JobId = ItemId
-Base64 = Annotated[str, Field(max_length=64 * 2**20, description="The bytes of a JPEG, PNG or WEBP file in base64.")]
+_BASE64 = (
+    "The bytes of a JPEG, PNG or WEBP file in base64; URL-safe letters, line breaks and a data: URL are taken, too."
+)
+Base64 = Annotated[str, Field(max_length=64 * 2**20, description=_BASE64)]
 # One wrong item is enough: a body of a quarter of a million nulls would be as many errors.
 Images = Annotated[list[Base64], Field(fail_fast=True)]
 Vector = Annotated[list[float], Field(min_length=1, max_length=65536, fail_fast=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,6 +11,8 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from osml_plugin.schema import Section
+
+from .prefix import OWN
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -80,6 +83,9 @@ class ServeConfig(Section):
     """Go over to another version when the alias of `model` does."""
     alpha: Annotated[float, Field(ge=1e-6, lt=1)] | None = None
     """The share of known items that may be rejected; None: what the store or the bundle says."""
+    root_path: str = ""
+    """The path under which clients see the endpoint where a proxy stands before it, such as /vision; whether the proxy
+    takes it away before it passes a request on, or leaves it there."""
     cors: list[str] = []
     """Origins whose pages may call this endpoint; none unless named."""
     trust_factories: list[str] = []
@@ -96,6 +102,19 @@ class ServeConfig(Section):
         if host not in (None, "localhost"):
             ip_address(host)  # ValueError says what is wrong
         return host
+
+    @field_validator("root_path")
+    @classmethod
+    def _prefix(cls, path: str) -> str:
+        if "://" in path:
+            raise ValueError(f"'{path}' is an address: expected the path behind the host alone, such as /vision")
+        parts = path.strip("/").split("/") if path.strip("/") else []
+        for part in parts:
+            if not re.fullmatch(r"[A-Za-z0-9._~-]+", part) or set(part) == {"."}:
+                raise ValueError(f"{path!r} is no path: expected letters, digits and -._~ between slashes, as /vision")
+        if parts and parts[0] in OWN:
+            raise ValueError(f"/{parts[0]} is a path of the endpoint itself: put another one in front, as /vision")
+        return "".join(f"/{part}" for part in parts)
 
     @field_validator("cors")
     @classmethod

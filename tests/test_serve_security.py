@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import hashlib
 import hmac
 import importlib.util
@@ -12,7 +11,6 @@ import logging
 import math
 import os
 import stat
-import string
 import struct
 import threading
 import warnings
@@ -34,6 +32,7 @@ from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient, WebSocketDenialResponse
 
 from osml_plugin import OsmlError
+from osml_plugin.data import images as decoding
 from osml_plugin.data import read_image
 from osml_plugin.preprocessing import Preprocessing
 from osml_plugin.serve import body as body_module
@@ -449,13 +448,13 @@ def part(name: str = 'form-data; name="files"; filename="a"', content: str = "x"
 BAD_MULTIPART = {
     "expected 1 to 4 images": "--b--\r\n",
     "Too many files": part() * 5 + "--b--\r\n",
-    "Too many fields": part('form-data; name="a"') * 3 + "--b--\r\n",
+    "got the field 'a'": part('form-data; name="a"') * 3 + "--b--\r\n",
     "files=@image.jpg": part('form-data; name="files"') + "--b--\r\n",
     "got the field 'file'": part('form-data; name="file"; filename="a"') + "--b--\r\n",
     "got the field 'x'": part() + part('form-data; name="x"', "1") + "--b--\r\n",
     "ends before its last boundary": part(),
     'field "name" must be provided': part("form-data") + "--b--\r\n",
-    "Part exceeded": part('form-data; name="a"', "x" * 2000) + "--b--\r\n",
+    "got the field 'b'": part('form-data; name="b"', "x" * 2000) + "--b--\r\n",
     "Invalid multipart data": part(headers="a: b\r\n" * 100) + "--b--\r\n",
     "multipart body": "no boundary in sight",
 }
@@ -506,10 +505,10 @@ BAD_JSON = [
     (b'{"embeddings": [[1],[1],[1],[1],[1]]}', "expected 1 to 4 embeddings; got 5"),
     (b'{"images": "QUJD"}', "images: Input should be a valid"),
     (b'{"images": [1]}', "images.0: "),
-    (b'{"images": ["QUJD", "QUJ"]}', "images.1 is not base64: Incorrect padding"),
-    (b'{"images": ["QUJD\\n"]}', "images.0 is not base64"),
+    (b'{"images": ["QUJD", "QUJ"]}', "images.1 is not base64: it is cut off"),
+    (b'{"images": ["QU\\u00a0JD"]}', "images.0 is not base64"),
     (b'{"images": ["QUI=QUJD"]}', "images.0 is not base64: padding before the end"),
-    (b'{"images": ["QUJD-_"]}', "images.0 is not base64"),
+    (b'{"images": ["QUJD.*"]}', "images.0 is not base64"),
     (b'{"images": ["\xc3\xa9AAA"]}', "images.0 is not base64"),
     (b'{"images": ["http://evil.org/a.png"]}', "images.0 is not base64"),
     (b'{"images": ["\xff"]}', "Invalid JSON"),
@@ -559,26 +558,10 @@ def test_large_images_are_refused_by_name():
     for n, status in ((1000, 200), (1001, 413), (1002, 413), (1003, 413), (5000, 413)):
         for answer in (
             HTTP.post("/inputs", files=[("files", b"a"), ("files", b"x" * n)]),
-            HTTP.post("/inputs", json={"images": ["", b64(b"x" * n)]}),
+            HTTP.post("/inputs", json={"images": ["QQ==", b64(b"x" * n)]}),
         ):
             assert answer.status_code == status
             assert status == 200 or "larger than 1,000 bytes" in answer.json()["detail"]
-
-
-@settings(deadline=None, max_examples=150)
-@given(st.one_of(st.text(string.ascii_letters + "+/=", max_size=30), st.binary(max_size=40).map(b64)))
-def test_base64_in_slices_is_base64_in_one(text):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(body_module, "_SLICE", 8)
-        try:
-            if len(text) % 4 or "=" in text[:-2]:
-                raise binascii.Error("Python takes more padding than there is room for")
-            expected = binascii.a2b_base64(text, strict_mode=True)
-        except binascii.Error:
-            with pytest.raises(HTTPException):
-                body_module._decoded(text, 0, LIMITS)
-        else:
-            assert body_module._decoded(text, 0, LIMITS) == expected
 
 
 FLOATS = st.floats(allow_nan=True, allow_infinity=True)
@@ -834,7 +817,7 @@ def test_warnings_about_images_are_not_kept():
         with warnings.catch_warnings(record=True) as warned:
             warnings.resetwarnings()
             if imported_anew:  # what an import does is undone by pytest
-                spec = importlib.util.spec_from_file_location("osml_plugin.serve.anew", images_module.__file__)
+                spec = importlib.util.spec_from_file_location("osml_plugin.data.anew", decoding.__file__)
                 spec.loader.exec_module(importlib.util.module_from_spec(spec))
             for content in contents:
                 decode(content, RGB, Limits())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -32,14 +33,19 @@ def osml(*words, cwd) -> subprocess.CompletedProcess:
 def test_from_start_to_end(bundle, digits_folder, tmp_path):
     output = tmp_path / "output"
     with open(output, "w") as file:
-        command = [sys.executable, "-m", "osml_plugin", "serve", str(bundle), "--port", "0"]
+        command = [sys.executable, "-m", "osml_plugin", "serve", str(bundle), "--port", "0", "--root-path", "vision"]
         server = subprocess.Popen(command, cwd=tmp_path, stdout=file, stderr=file, start_new_session=True)
     try:
         until(lambda: "stop       Ctrl-C" in output.read_text() or server.poll() is not None, timeout=180)
         text = output.read_text()
         assert server.poll() is None, text
         address = next(line.split()[1] for line in text.splitlines() if line.startswith("serving"))
-        assert f"{address}/docs" in text and "for this machine alone" in text and "curl -F files=@" in text
+        assert (
+            address.endswith("/vision")
+            and f"{address}/docs" in text
+            and "for this machine alone" in text
+            and "curl -F files=@" in text
+        )
 
         started = [server.pid, *(child.pid for child in psutil.Process(server.pid).children(recursive=True))]
         listening = {
@@ -52,11 +58,15 @@ def test_from_start_to_end(bundle, digits_folder, tmp_path):
             client.enroll("7", images_of(digits_folder, "7", 0, 5))
             # Over the whole stack a body that is too large is refused before it is read.
             assert client._http.post("/v1/recognize", content=b"x" * (33 * 2**20)).status_code == 413
-            assert "/v1/recognize" in client._http.get("/openapi.json").json()["paths"]
+            openapi = client._http.get("/openapi.json").json()
+            assert "/v1/recognize" in openapi["paths"] and openapi["servers"] == [{"url": "/vision"}]
+            # HAProxy passes both on: with the prefix, and without, as a proxy before it would leave it.
+            assert Client(address.removesuffix("/vision")).ready()
+            assert client._http.get("/").headers["location"] == "/vision/docs"
             assert "osml_gallery_references" in client._http.get("/metrics").text
 
         # Another one on the same port is refused, in one line.
-        taken = osml("serve", bundle, "--port", address.rsplit(":", 1)[1], "--home", "other", cwd=tmp_path)
+        taken = osml("serve", bundle, "--port", re.search(r":(\d+)/", address)[1], "--home", "other", cwd=tmp_path)
         assert taken.returncode == 2
         assert "already in use" in taken.stderr.splitlines()[-1]
 

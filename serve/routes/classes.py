@@ -66,7 +66,7 @@ def examples(service: Served, name: Name, limit: Limit = 100, after: After = Non
     "/{name}/examples",
     status_code=201,
     response_model=Changed,
-    responses=BODY_PROBLEMS | WRITE_PROBLEMS | NOT_FOUND,
+    responses=WRITE_PROBLEMS | BODY_PROBLEMS | NOT_FOUND,
     openapi_extra=either(Examples),
 )
 async def enroll(

@@ -14,6 +14,7 @@ from osml_plugin.errors import unknown_name
 from ..body import Schema, read_input
 from ..keys import Refused
 from ..live import Snapshot
+from ..prefix import route_path
 from ..schemas import Problem
 from ..service import Service, fingerprint
 from ..store import Write, Written
@@ -35,7 +36,7 @@ BODY_PROBLEMS = PROBLEMS | {
     400: {"model": Problem, "description": "The body cannot be read."},
     408: {"model": Problem, "description": "The body comes too slowly."},
     413: {"model": Problem, "description": "The body, or an image, is too large."},
-    415: {"model": Problem, "description": "Neither multipart/form-data nor application/json."},
+    415: {"model": Problem, "description": "Neither a form, nor JSON, nor an image; or the body is compressed."},
 }
 NOT_FOUND = {404: {"model": Problem, "description": "There is no such class, item, discovery or group."}}
 WRITE_PROBLEMS = PROBLEMS | {
@@ -46,6 +47,7 @@ WRITE_PROBLEMS = PROBLEMS | {
         "description": "It does not fit what is there now, or the key was used for something else.",
     },
     413: {"model": Problem, "description": "The body is too large."},
+    415: {"model": Problem, "description": "The body is compressed."},
     507: {"model": Problem, "description": "The disk of the store is full; nothing was changed."},
 }
 
@@ -103,7 +105,7 @@ def writer_with(scope: Scope):
 
     async def writer(request: Request, _: Bearer, idempotency_key: IdempotencyKey = None) -> Write:
         actor = _identified(request, scope)
-        said = fingerprint(request.method, request.url.path, await request.body())
+        said = fingerprint(request.method, route_path(request.scope), await request.body())
         return Write(actor, idempotency_key, said)
 
     return writer

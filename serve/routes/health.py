@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import RedirectResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
@@ -13,9 +13,9 @@ router = APIRouter(tags=["health"])
 
 
 @router.get("/", include_in_schema=False)
-async def root() -> RedirectResponse:
+async def root(request: Request) -> RedirectResponse:
     """Who opens the address in a browser sees what there is."""
-    return RedirectResponse("/docs")
+    return RedirectResponse(request.scope.get("root_path", "") + "/docs")
 
 
 @router.get("/healthz")

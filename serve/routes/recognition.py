@@ -13,7 +13,7 @@ router = APIRouter(prefix="/v1", tags=["recognition"], dependencies=known_querie
 
 
 def either(schema: type) -> dict:
-    """The OpenAPI of a body that is files or JSON."""
+    """The OpenAPI of a body that is a form with files, JSON, or one file."""
     files = {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1}
     return {
         "requestBody": {
@@ -24,6 +24,9 @@ def either(schema: type) -> dict:
                     "encoding": {"files": {"contentType": "image/jpeg, image/png, image/webp"}},
                 },
                 "application/json": {"schema": schema.model_json_schema()},
+                "application/octet-stream": {
+                    "schema": {"type": "string", "format": "binary", "description": "One image file."}
+                },
             },
         }
     }
