@@ -352,6 +352,8 @@ def _recognizer(
     recognizer.calibration = _held_out(gallery, "calibration", manifest.held_out_names)
     recognizer.validation = _held_out(gallery, "validation", manifest.held_out_names)
     recognizer.copy_radius = _measured(recognizer) if manifest.copy_radius is None else manifest.copy_radius
+    if "promised_scores" in gallery:
+        recognizer.promised = gallery["promised_scores"].numpy(), gallery["promised_nearest"].numpy()
     recognizer.refit()
     return recognizer
 
@@ -423,6 +425,9 @@ def _gallery_tensors(recognizer: OpenSetRecognizer) -> dict[str, Tensor]:
             code = {name: i for i, name in enumerate(sorted(set(held.names)))}
             tensors[f"{kind}_embeddings"] = held.embeddings
             tensors[f"{kind}_names"] = torch.tensor([code[n] for n in held.names], dtype=torch.int64)
+    if recognizer.n_left is not None:  # they cannot be computed from what is left
+        scores, nearest = recognizer.promised
+        tensors["promised_scores"], tensors["promised_nearest"] = torch.tensor(scores), torch.tensor(nearest)
     return {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
 
 

@@ -56,6 +56,7 @@ class Live:
         self._store, self._shelf = store, shelf
         self._lock = threading.Lock()
         self._examples: Examples = {}
+        self._ground: tuple[str, float | None, OpenSetRecognizer] | None = None
         self.snapshot = self._first()
 
     def catch_up(self, version: int | None = None) -> Snapshot:
@@ -74,7 +75,7 @@ class Live:
             if state.model == now.model:
                 changes = self._store.changes_since(now.gallery_version, now.model)
                 if changes.state.model == now.model:
-                    self.snapshot = self._next(now, changes)
+                    self.snapshot = self._made(_taken(self._examples, changes), changes)
                     return self.snapshot
             self.snapshot = self._first()
             return self.snapshot
@@ -83,37 +84,46 @@ class Live:
         """From the bundle of the active model, and everything that was ever enrolled."""
         while True:
             model = self._store.state().model
-            base = self._shelf.load(model)
+            self._shelf.load(model)  # which takes seconds: what was learned meanwhile is read afterwards
             changes = self._store.changes_since(0, model)
             if changes.state.model == model:
                 break
         left_behind = sum(change.name is not None and change.embedding is None for change in changes.items)
         if left_behind:
             logger.warning("%d examples came without an image and are not known to model %s", left_behind, model)
-        return self._assembled(base, _taken({}, changes), changes)
+        return self._made(_taken({}, changes), changes)
 
-    def _next(self, before: Snapshot, changes: Changes) -> Snapshot:
-        added = {c.id: (c.name, c.embedding) for c in changes.items if c.name and c.embedding is not None}
-        examples = _taken(self._examples, changes)
-        as_before = changes.trained == before.trained and changes.state.alpha == before.alpha
-        if not (as_before and len(added) == len(changes.items) and _are_last(added, self._examples)):
-            return self._assembled(self._shelf.load(before.model), examples, changes)
-        recognizer = _apart(before.recognizer).learn(_by_class(added))
-        snapshot = _snapshot(recognizer, before.model, changes)
-        self._examples = examples
-        return snapshot
+    def _made(self, examples: Examples, changes: Changes) -> Snapshot:
+        """The snapshot of these examples.
 
-    def _assembled(self, base: OpenSetRecognizer, examples: Examples, changes: Changes) -> Snapshot:
+        It is always made from the bundle, also where only one example is new: so it is a function of what the store
+        holds, and a replica that followed has the very same as one that starts now. A gallery or a detector that grew
+        step by step keeps traces of its way: in the order of its rows, in rounding, in the cells of its index.
+        """
+        state = changes.state
+        base = self._at_rate(state.model, state.alpha)
         recognizer = _apart(base)
         recognizer.calibration = _renamed(base.calibration, changes.trained)
         recognizer.validation = _renamed(base.validation, changes.trained)
-        recognizer.gallery, merged = assembled(base.gallery, changes.trained, _by_class(examples))
+        gallery, merged = assembled(base.gallery, changes.trained, _by_class(examples))
+        recognizer.gallery = replace(gallery, version=state.gallery_version)
         if base.class_weights is not None:
             recognizer.class_weights, recognizer.proxy_ids = joined(base.class_weights, base.proxy_ids, merged)
         recognizer.refit()
-        snapshot = _snapshot(recognizer, changes.state.model, changes)
         self._examples = examples
-        return snapshot
+        return Snapshot(recognizer, state.model, state.gallery_version, state.alpha, changes.trained)
+
+    def _at_rate(self, model: str, alpha: float | None) -> OpenSetRecognizer:
+        """The bundle at the rate that was chosen, or at its own where its calibration items are too few for it."""
+        if self._ground is None or self._ground[:2] != (model, alpha):
+            base = self._shelf.load(model)
+            if alpha is not None and alpha != base.kept_rate and base.has_scores:
+                try:
+                    base = _apart(base).keep_rate(alpha)
+                except OsmlError as error:
+                    logger.warning("model %s stays at its own rate: %s", model, error)
+            self._ground = (model, alpha, base)
+        return self._ground[2]
 
 
 def assembled(
@@ -157,14 +167,6 @@ def _apart(recognizer: OpenSetRecognizer) -> OpenSetRecognizer:
     return other
 
 
-def _snapshot(recognizer: OpenSetRecognizer, model: str, changes: Changes) -> Snapshot:
-    state = changes.state
-    recognizer.gallery = replace(recognizer.gallery, version=state.gallery_version)
-    if state.alpha is not None and state.alpha != recognizer.kept_rate and recognizer.has_scores:
-        recognizer.keep_rate(state.alpha)
-    return Snapshot(recognizer, model, state.gallery_version, state.alpha, changes.trained)
-
-
 def _taken(examples: Examples, changes: Changes) -> Examples:
     """With what has changed; the examples of before stay as they are."""
     after = dict(examples)
@@ -176,20 +178,13 @@ def _taken(examples: Examples, changes: Changes) -> Examples:
     return after
 
 
-def _are_last(added: Examples, examples: Examples) -> bool:
-    """Whether they come after all others of their classes: then a replica that has them come one by one, and one that
-    finds them all there, have them in the same order, and so the same folds and the same threshold."""
-    names = {name for name, _ in added.values()}
-    return not any(name in names and item >= min(added) for item, (name, _) in examples.items())
-
-
 def _by_class(examples: Examples) -> dict[str, Tensor]:
-    """Embeddings `(M, D)` of each class, in the order in which they were enrolled."""
+    """Embeddings `(M, D)` of each class, in the order of their ids; a class comes where its first example does."""
     rows = defaultdict(list)
     for item in sorted(examples):
         name, embedding = examples[item]
         rows[name].append(embedding)
-    return {name: torch.from_numpy(np.stack(rows[name])) for name in sorted(rows)}
+    return {name: torch.from_numpy(np.stack(of)) for name, of in rows.items()}
 
 
 def _renamed(held: LabelledEmbeddings | None, trained: Mapping[str, str | None]) -> LabelledEmbeddings | None:
