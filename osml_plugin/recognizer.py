@@ -96,7 +96,7 @@ class OpenSetRecognizer:
     promised: tuple[np.ndarray, np.ndarray] | None = field(default=None, init=False)
     """Scores and nearest class ids of the calibration items when these last sufficed to promise the rate."""
     n_left: int | None = field(default=None, init=False)
-    """Calibration items that are left, where they are too few for the rate and `promised` stands for them; else None."""
+    """Calibration items that are left, where these are too few for the rate and `promised` stands for them."""
     proxy_ids: list[int] = field(default_factory=list, init=False)
     """The class id of each row of `class_weights`."""
     copy_radius: float = field(default=0.0, init=False)
@@ -506,7 +506,7 @@ class OpenSetRecognizer:
         found = self.detector.predict(self.calibration.embeddings[kept])
         self.calibration_nearest, self.calibration_scores = (t.numpy() for t in found)
         fold, enrolled = gallery.folds(FOLDS), [tuple(t[:0] for t in found)]
-        for f in range(int(fold.max()) + 1):
+        for f in fold[fold >= 0].unique():  # beside references of the training some parts are empty
             out = fold == f
             if self._incremental and not self.detector.needs_class_weights:
                 detector = self.detector.without(gallery.embeddings[out], gallery.labels[out])

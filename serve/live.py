@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -41,6 +43,28 @@ class Snapshot:
     alpha: float | None
     trained: Mapping[str, str | None]
     """What became of classes of the bundle."""
+
+    @property
+    def rejection(self) -> Literal["on", "kept", "off"]:
+        """off: τ is infinite, and everything gets a name. kept: of those items that the rate was promised by, too few
+        are left, and the threshold is the last that they could promise."""
+        if math.isinf(self.recognizer.threshold.tau):
+            return "off"
+        return "on" if self.recognizer.n_left is None else "kept"
+
+    @cached_property
+    def warnings(self) -> list[str]:
+        """A line for each thing that whoever runs the endpoint should know of its threshold."""
+        lines, rate = [], self.recognizer.kept_rate
+        if self.rejection != "on":
+            lines.append(str(self.recognizer.guarantee or "nothing is rejected: the threshold is infinite"))
+        if self.alpha is not None and self.alpha != rate:
+            at = "its threshold" if rate is None else f"{rate:g}"
+            lines.append(
+                f"the rate {self.alpha:g} was asked for, and model '{self.model}' has too few calibration items to "
+                f"promise it: it stays at {at}; choose a larger alpha"
+            )
+        return lines
 
     @cached_property
     def spread(self) -> float:

@@ -131,7 +131,7 @@ class Gallery(Ledger):
             _require_two(recognized_names(this.connection, this.state.model) - {name})
             return {"name": name, "n_examples": _give_name(this, name, None)}
 
-        return self._write(by, "forget", name, change)
+        return self._write(by, "forget", name, change, frees=True)
 
     def remove_example(self, by: Write, name: str, id: str) -> Written:
         """Result: name, n_examples, example_ids. Raises `NotThere`, and `Conflict` as `forget` does."""
@@ -144,7 +144,7 @@ class Gallery(Ledger):
             _require_two(recognized_names(this.connection, this.state.model))
             return {"name": name, "n_examples": 1, "example_ids": [id]}
 
-        return self._write(by, "remove example", name, change)
+        return self._write(by, "remove example", name, change, frees=True)
 
     def set_alpha(self, by: Write, alpha: float | None, asked: Mapping[str, Any] | None = None) -> Written:
         """The share of known items that may be rejected; None: the bundle's own threshold. Result: alpha."""
