@@ -1,4 +1,4 @@
-"""`osml serve`, `osml keys`."""
+"""`osml serve`, `osml backup`, `osml keys`."""
 
 from __future__ import annotations
 
@@ -95,6 +95,34 @@ def serve(
         raise typer.Exit(130) from None
 
 
+@app.command()
+def backup(
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that is not there yet.")],
+    database: Database = None,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Copy what an endpoint has learned, its models included, while it runs or not.
+
+    The copy is a home: osml serve --home DIR goes on from it.
+
+    Example: osml backup backups/monday
+    """
+    needs("serve", "sqlalchemy", "alembic")
+    config = _there(database, home)
+    from .backup import back_up
+
+    found = back_up(config, out)
+    if as_json:
+        print_json({"backup": str(out)} | found)
+        return
+    print(
+        f"backup     {out}: model {found['model'] or 'none'}, {found['n_classes']} classes, {found['n_examples']} "
+        f"examples, {found['n_unknowns']} unknown items, {found['bytes']:,} bytes; checked"
+    )
+    print(f"restore    osml serve --home {out}    (or a copy of it)")
+
+
 @keys.command()
 def add(
     name: Annotated[str, typer.Argument(help="What the key is for; the audit log names it.")],
@@ -169,15 +197,22 @@ def _settings(file: Path | None, overrides: list[str] | None, **flags: Any) -> S
     return checked(values, ServeConfig)
 
 
+def _there(database: str | None, home: Path | None, new: bool = False) -> ServeConfig:
+    """Where an endpoint is, or, if `new`, is to be."""
+    config = _settings(None, None, database=database, home=home)
+    if config.database_url.startswith("sqlite:///") and not new:
+        file = Path(config.database_url.removeprefix("sqlite:///"))
+        if not file.exists():
+            raise OsmlError(f"there is no store in '{file.parent}': name the --home, or the --database, of an endpoint")
+    return config
+
+
 def _store(database: str | None, home: Path | None, new: bool = False) -> Any:
     needs("serve", "sqlalchemy", "alembic")
     from .store import Store, StoreUnavailable
 
-    config = _settings(None, None, database=database, home=home)
-    if config.database_url == f"sqlite:///{config.home.resolve()}/store.db":
-        if not new and not (config.home / "store.db").exists():
-            raise OsmlError(f"there is no store in '{config.home}': name the --home, or the --database, of an endpoint")
-        config.home.mkdir(parents=True, exist_ok=True)
+    config = _there(database, home, new)
+    config.home.mkdir(parents=True, exist_ok=True)
     try:
         return closing(Store(config.database_url))
     except StoreUnavailable as error:

@@ -109,7 +109,8 @@ class Naive:
         held = [self.trained[name] for name in base.calibration.names]
         kept = np.array([name is not None for name in held])
         made.calibration = LabelledEmbeddings(base.calibration.embeddings[kept], tuple(n for n in held if n))
-        others = tuple(self.trained.get(name, name) or " " for name in base.validation.names)
+        # Classes that are forgotten play the unknown, each by itself, when few examples are rehearsed.
+        others = tuple(self.trained.get(name, name) or f"/{name}" for name in base.validation.names)
         made.validation = LabelledEmbeddings(base.validation.embeddings, others)
         all_of_it = len(base.calibration.names)
         alpha = self.alpha if self.alpha is not None and enough(all_of_it, self.alpha) else base.alpha
@@ -324,7 +325,7 @@ steps = st.tuples(st.sampled_from(VERBS), st.integers(0, 11), st.integers(0, 11)
         *(("forget", i, 0, True) for i in range(3)),
     ]
 )
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_after_every_write_all_replicas_are_the_same_and_are_what_was_written(room, tmp_path_factory, sequence):
     home, shelf, bundles = room
     place = tmp_path_factory.mktemp("store")
