@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -29,16 +30,43 @@ def osml(*words, cwd) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
+def start(output, cwd, *words) -> tuple[subprocess.Popen, str, str]:
+    """A server that answers, its output so far, and its address."""
+    with open(output, "w") as file:
+        command = [sys.executable, "-m", "osml_plugin", "serve", *map(str, words)]
+        server = subprocess.Popen(command, cwd=cwd, stdout=file, stderr=file, start_new_session=True)
+    until(lambda: "stop       Ctrl-C" in output.read_text() or server.poll() is not None, timeout=180)
+    text = output.read_text()
+    if server.poll() is not None:
+        raise RuntimeError(text)
+    return server, text, next(line.split()[1] for line in text.splitlines() if line.startswith("serving"))
+
+
+def killed_but_for_its_proxy(server: subprocess.Popen) -> psutil.Process:
+    """All of a server but HAProxy is killed, which goes on holding the port."""
+    started = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+    (proxy,) = [process for process in started if process.name() == "haproxy"]
+    for process in started:
+        if process != proxy:
+            process.kill()
+    server.wait()
+    return proxy
+
+
 def test_from_start_to_end(bundle, digits_folder, tmp_path):
     output = tmp_path / "output"
-    with open(output, "w") as file:
-        command = [sys.executable, "-m", "osml_plugin", "serve", str(bundle), "--port", "0"]
-        server = subprocess.Popen(command, cwd=tmp_path, stdout=file, stderr=file, start_new_session=True)
+    server, _, address = start(output, tmp_path, bundle, "--port", 0)
+    port = address.rsplit(":", 1)[1]
+    proxy = killed_but_for_its_proxy(server)
+    assert proxy.is_running() and proxy.pid in {c.pid for c in psutil.net_connections("tcp")}
+    # Another home's server names who has the port, and leaves it alone; that of this home ends its own.
+    taken = osml("serve", bundle, "--port", port, "--home", "other", cwd=tmp_path)
+    assert taken.returncode == 2 and f"already in use by process {proxy.pid} (" in taken.stderr.splitlines()[-1]
+    assert proxy.is_running()
+
+    server, text, address = start(output, tmp_path, "--port", port)
     try:
-        until(lambda: "stop       Ctrl-C" in output.read_text() or server.poll() is not None, timeout=180)
-        text = output.read_text()
-        assert server.poll() is None, text
-        address = next(line.split()[1] for line in text.splitlines() if line.startswith("serving"))
+        assert f"ended process {proxy.pid} (" in text and not proxy.is_running() and address.endswith(f":{port}")
         assert f"{address}/docs" in text and "for this machine alone" in text and "curl -F files=@" in text
 
         started = [server.pid, *(child.pid for child in psutil.Process(server.pid).children(recursive=True))]
@@ -58,7 +86,7 @@ def test_from_start_to_end(bundle, digits_folder, tmp_path):
         # Another one on the same port is refused, in one line.
         taken = osml("serve", bundle, "--port", address.rsplit(":", 1)[1], "--home", "other", cwd=tmp_path)
         assert taken.returncode == 2
-        assert "already in use" in taken.stderr.splitlines()[-1]
+        assert "already in use by process" in taken.stderr.splitlines()[-1]
 
         os.kill(server.pid, signal.SIGINT)
         assert server.wait(timeout=60) == 0
@@ -67,7 +95,10 @@ def test_from_start_to_end(bundle, digits_folder, tmp_path):
     finally:
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGKILL)
-    with closing(Store(f"sqlite:///{tmp_path}/osml-serve/store.db")) as store:
+    # All that was learned is in one file, a copy of which knows it.
+    assert not list((tmp_path / "osml-serve").glob("store.db-*"))
+    shutil.copyfile(tmp_path / "osml-serve" / "store.db", tmp_path / "copy.db")
+    with closing(Store(f"sqlite:///{tmp_path}/copy.db")) as store:
         assert store.classes()["7"] == 5
 
 
