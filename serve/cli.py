@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.request import ProxyHandler, build_opener
 
 import typer
 
@@ -82,6 +84,8 @@ def serve(
             key = "" if is_open(settings) else "-H 'Authorization: Bearer KEY' "
             print(f"serving    {address}    docs {address}/docs    metrics {address}/metrics")
             print(f"store      {_where(settings)}")
+            for line in _warnings(address):
+                print(f"warning    {line}")
             if key:
                 print("keys       every request needs one: osml keys add NAME --scope recognize")
             else:
@@ -223,6 +227,15 @@ def _audit(home: Path | None) -> Any:
     from .audit import audit_of
 
     return audit_of(_settings(None, None, home=home))
+
+
+def _warnings(address: str) -> list[str]:
+    """What the endpoint says of its threshold; its answer is not worth more than a moment."""
+    with suppress(OSError, ValueError, KeyError):
+        opener = build_opener(ProxyHandler({}))  # an address of this machine needs none of the environment's proxies
+        with opener.open(f"{address}/readyz", timeout=5) as answer:
+            return json.load(answer)["warnings"]
+    return []
 
 
 def _say(text: str) -> None:

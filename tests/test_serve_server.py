@@ -42,12 +42,14 @@ def start(output, cwd, *words) -> tuple[subprocess.Popen, str, str]:
     return server, text, next(line.split()[1] for line in text.splitlines() if line.startswith("serving"))
 
 
-def killed_but_for_its_proxy(server: subprocess.Popen) -> psutil.Process:
+def killed_but_for_its_proxy(server: subprocess.Popen, port: int) -> psutil.Process:
     """All of a server but HAProxy is killed, which goes on holding the port."""
     started = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
-    (proxy,) = [process for process in started if process.name() == "haproxy"]
+    holding = {c.pid for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr.port == port}
+    (proxy,) = [process for process in started if process.pid in holding]
+    assert proxy.name() == "haproxy"
     for process in started:
-        if process != proxy:
+        if process.is_running() and process != proxy:
             process.kill()
     server.wait()
     return proxy
@@ -57,8 +59,7 @@ def test_from_start_to_end(bundle, digits_folder, tmp_path):
     output = tmp_path / "output"
     server, _, address = start(output, tmp_path, bundle, "--port", 0)
     port = address.rsplit(":", 1)[1]
-    proxy = killed_but_for_its_proxy(server)
-    assert proxy.is_running() and proxy.pid in {c.pid for c in psutil.net_connections("tcp")}
+    proxy = killed_but_for_its_proxy(server, int(port))
     # Another home's server names who has the port, and leaves it alone; that of this home ends its own.
     taken = osml("serve", bundle, "--port", port, "--home", "other", cwd=tmp_path)
     assert taken.returncode == 2 and f"already in use by process {proxy.pid} (" in taken.stderr.splitlines()[-1]
