@@ -357,6 +357,8 @@ def _recognizer(
         if recognizer.seen.signatures.shape[:1] != recognizer.seen.radii.shape:
             raise ValueError("the seen items have not one radius each")
     recognizer.copy_radius = _measured(recognizer) if manifest.copy_radius is None else manifest.copy_radius
+    if "promised_scores" in gallery:
+        recognizer.promised = gallery["promised_scores"].numpy(), gallery["promised_nearest"].numpy()
     recognizer.refit()
     return recognizer
 
@@ -431,6 +433,9 @@ def _gallery_tensors(recognizer: OpenSetRecognizer) -> dict[str, Tensor]:
             code = {name: i for i, name in enumerate(sorted(set(held.names)))}
             tensors[f"{kind}_embeddings"] = held.embeddings
             tensors[f"{kind}_names"] = torch.tensor([code[n] for n in held.names], dtype=torch.int64)
+    if recognizer.n_left is not None:  # they cannot be computed from what is left
+        scores, nearest = recognizer.promised
+        tensors["promised_scores"], tensors["promised_nearest"] = torch.tensor(scores), torch.tensor(nearest)
     return {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
 
 

@@ -94,6 +94,10 @@ class OpenSetRecognizer:
     """The nearest class id of each of the one,"""
     enrolled_nearest: np.ndarray | None = field(default=None, init=False)
     """and of the other."""
+    promised: tuple[np.ndarray, np.ndarray] | None = field(default=None, init=False)
+    """Scores and nearest class ids of the calibration items when these last sufficed to promise the rate."""
+    n_left: int | None = field(default=None, init=False)
+    """Calibration items that are left, where these are too few for the rate and `promised` stands for them."""
     proxy_ids: list[int] = field(default_factory=list, init=False)
     """The class id of each row of `class_weights`."""
     copy_radius: float = field(default=0.0, init=False)
@@ -166,6 +170,7 @@ class OpenSetRecognizer:
                 next_id=max(ids.values()) + 1,
             )
             self.calibration, self.validation = items.calibration, items.validation
+            self.promised = None
             if copy_radius is None:
                 copy_radius = measured_radius(items.references, items.calibration) if near_copies else 0.0
             self.copy_radius = copy_radius
@@ -231,7 +236,11 @@ class OpenSetRecognizer:
 
     def forget(self, name: str) -> OpenSetRecognizer:
         """Drop a class and all its references; what belongs to it is unknown from now on, and a class that is enrolled
-        under its name later is another one."""
+        under its name later is another one.
+
+        Where fewer calibration items are left than the rate needs, the last threshold that they could promise stays
+        (`n_left`, `guarantee`): forgetting never turns rejection off.
+        """
         before = self._fitted_gallery()
         gone = before.labels == before.id_of(name)
         after = before.remove(name)
@@ -246,12 +255,19 @@ class OpenSetRecognizer:
         return self
 
     def keep_rate(self, alpha: float) -> OpenSetRecognizer:
-        """Fit a conformal threshold at another share of known items that may be rejected."""
+        """Fit a conformal threshold at another share of known items that may be rejected.
+
+        Raises:
+            OsmlError: for a rate that the calibration items are too few for: nothing would be rejected.
+        """
         name = self.threshold.name if isinstance(self.threshold, Conformal) else "conformal"
         with self._all_or_nothing():
             self.threshold = thresholds.create(name, alpha=alpha)
             self.alpha = self.threshold.alpha
             self._refit_threshold()
+            promise = thresholds.guarantee(self._n_promising(), alpha)
+            if not promise.possible:
+                raise OsmlError(str(promise))
         return self
 
     @property
@@ -267,6 +283,7 @@ class OpenSetRecognizer:
     def _refit_threshold(self) -> None:
         gallery, threshold = self._fitted_gallery(), self.threshold
         self._score_known()
+        self._keep_promise()
         if threshold.needs_unknown:
             self._fit_on_validation()
         elif len(self.calibration_scores):
@@ -319,8 +336,9 @@ class OpenSetRecognizer:
         (of enrolled ones it says less); None for thresholds that promise nothing."""
         if not isinstance(self.threshold, Conformal) or not len(self.calibration_scores):
             return None
-        pooled = tuple(self.gallery.classes[c] for c in self.threshold.pooled)
-        return replace(self.threshold.guarantee(), pooled=pooled)
+        classes = self.gallery.classes
+        pooled = tuple(classes[c] for c in self.threshold.pooled if c in classes)  # forgotten ones have no name
+        return replace(self.threshold.guarantee(), pooled=pooled, left=self.n_left)
 
     def embed(self, items: Sequence | ArrayLike, progress: str | None = None) -> Tensor:
         """Embeddings `(N, D)` of images (files, PIL images, uint8 arrays or tensors); embeddings pass through."""
@@ -491,7 +509,7 @@ class OpenSetRecognizer:
         found = self.detector.predict(self.calibration.embeddings[kept])
         self.calibration_nearest, self.calibration_scores = (t.numpy() for t in found)
         fold, enrolled = gallery.folds(FOLDS), [tuple(t[:0] for t in found)]
-        for f in range(int(fold.max()) + 1):
+        for f in fold[fold >= 0].unique():  # beside references of the training some parts are empty
             out = fold == f
             if self._incremental and not self.detector.needs_class_weights:
                 detector = self.detector.without(gallery.embeddings[out], gallery.labels[out])
@@ -500,6 +518,24 @@ class OpenSetRecognizer:
                 detector = self._fitted_detector(replace(gallery, labels=rest, index=gallery.index.without(out)))
             enrolled.append(detector.predict(gallery.embeddings[out]))
         self.enrolled_nearest, self.enrolled_scores = (torch.cat(t).numpy() for t in zip(*enrolled, strict=True))
+
+    def _n_promising(self) -> int:
+        """How many items the threshold is fitted on: those of the calibration, or where none is left the enrolled."""
+        return len(self.calibration_scores) or len(self.enrolled_scores)
+
+    def _keep_promise(self) -> None:
+        """Where the calibration items that are left are too few for the rate, the scores of those that last sufficed
+        stay: forgetting classes makes τ neither infinite nor one that nobody chose."""
+        self.n_left = None
+        if not isinstance(self.threshold, Conformal):
+            return
+        alpha, left = self.threshold.alpha, len(self.calibration_scores)
+        if thresholds.guarantee(self._n_promising(), alpha).possible:
+            if left:
+                self.promised = self.calibration_scores, self.calibration_nearest
+        elif self.promised is not None and thresholds.guarantee(len(self.promised[0]), alpha).possible:
+            self.calibration_scores, self.calibration_nearest = self.promised
+            self.n_left = left
 
     def _rehearsed(self, classes: Iterable[int]) -> dict[int, np.ndarray]:
         """For enrolled classes with few examples: the scores that further items of a new class get when it is enrolled

@@ -1,14 +1,16 @@
-"""`osml serve`, `osml keys`."""
+"""`osml serve`, `osml backup`, `osml keys`."""
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.request import ProxyHandler, build_opener
 
 import typer
 
@@ -87,6 +89,8 @@ def serve(
             address += settings.root_path
             print(f"serving    {address}    docs {address}/docs    metrics {address}/metrics")
             print(f"store      {_where(settings)}")
+            for line in _warnings(address):
+                print(f"warning    {line}")
             if key:
                 print("keys       every request needs one: osml keys add NAME --scope recognize")
             else:
@@ -101,6 +105,34 @@ def serve(
     except KeyboardInterrupt:
         _say("stopped")
         raise typer.Exit(130) from None
+
+
+@app.command()
+def backup(
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that is not there yet.")],
+    database: Database = None,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Copy what an endpoint has learned, its models included, while it runs or not.
+
+    The copy is a home: osml serve --home DIR goes on from it.
+
+    Example: osml backup backups/monday
+    """
+    needs("serve", "sqlalchemy", "alembic")
+    config = _there(database, home)
+    from .backup import back_up
+
+    found = back_up(config, out)
+    if as_json:
+        print_json({"backup": str(out)} | found)
+        return
+    print(
+        f"backup     {out}: model {found['model'] or 'none'}, {found['n_classes']} classes, {found['n_examples']} "
+        f"examples, {found['n_unknowns']} unknown items, {found['bytes']:,} bytes; checked"
+    )
+    print(f"restore    osml serve --home {out}    (or a copy of it)")
 
 
 @keys.command()
@@ -177,15 +209,22 @@ def _settings(file: Path | None, overrides: list[str] | None, **flags: Any) -> S
     return checked(values, ServeConfig)
 
 
+def _there(database: str | None, home: Path | None, new: bool = False) -> ServeConfig:
+    """Where an endpoint is, or, if `new`, is to be."""
+    config = _settings(None, None, database=database, home=home)
+    if config.database_url.startswith("sqlite:///") and not new:
+        file = Path(config.database_url.removeprefix("sqlite:///"))
+        if not file.exists():
+            raise OsmlError(f"there is no store in '{file.parent}': name the --home, or the --database, of an endpoint")
+    return config
+
+
 def _store(database: str | None, home: Path | None, new: bool = False) -> Any:
     needs("serve", "sqlalchemy", "alembic")
     from .store import Store, StoreUnavailable
 
-    config = _settings(None, None, database=database, home=home)
-    if config.database_url == f"sqlite:///{config.home.resolve()}/store.db":
-        if not new and not (config.home / "store.db").exists():
-            raise OsmlError(f"there is no store in '{config.home}': name the --home, or the --database, of an endpoint")
-        config.home.mkdir(parents=True, exist_ok=True)
+    config = _there(database, home, new)
+    config.home.mkdir(parents=True, exist_ok=True)
     try:
         return closing(Store(config.database_url))
     except StoreUnavailable as error:
@@ -196,6 +235,15 @@ def _audit(home: Path | None) -> Any:
     from .audit import audit_of
 
     return audit_of(_settings(None, None, home=home))
+
+
+def _warnings(address: str) -> list[str]:
+    """What the endpoint says of its threshold; its answer is not worth more than a moment."""
+    with suppress(OSError, ValueError, KeyError):
+        opener = build_opener(ProxyHandler({}))  # an address of this machine needs none of the environment's proxies
+        with opener.open(f"{address}/readyz", timeout=5) as answer:
+            return json.load(answer)["warnings"]
+    return []
 
 
 def _say(text: str) -> None:

@@ -166,6 +166,7 @@ class Jobs:
         return len(batch)
 
     def _look_after(self) -> None:
+        self._store.reserve_room()
         kept = self._service.config.unknowns
         self._store.prune_unknowns(kept.keep, kept.days)
         # Those that a replica was still rejecting by the model before, when the present one took over.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -42,6 +44,28 @@ class Snapshot:
     trained: Mapping[str, str | None]
     """What became of classes of the bundle."""
 
+    @property
+    def rejection(self) -> Literal["on", "kept", "off"]:
+        """off: τ is infinite, and everything gets a name. kept: of those items that the rate was promised by, too few
+        are left, and the threshold is the last that they could promise."""
+        if math.isinf(self.recognizer.threshold.tau):
+            return "off"
+        return "on" if self.recognizer.n_left is None else "kept"
+
+    @cached_property
+    def warnings(self) -> list[str]:
+        """A line for each thing that whoever runs the endpoint should know of its threshold."""
+        lines, rate = [], self.recognizer.kept_rate
+        if self.rejection != "on":
+            lines.append(str(self.recognizer.guarantee or "nothing is rejected: the threshold is infinite"))
+        if self.alpha is not None and self.alpha != rate:
+            at = "its threshold" if rate is None else f"{rate:g}"
+            lines.append(
+                f"the rate {self.alpha:g} was asked for, and model '{self.model}' has too few calibration items to "
+                f"promise it: it stays at {at}; choose a larger alpha"
+            )
+        return lines
+
     @cached_property
     def spread(self) -> float:
         """Standard deviation of the scores of known items: a unit for scores; 1 where there are none."""
@@ -56,6 +80,7 @@ class Live:
         self._store, self._shelf = store, shelf
         self._lock = threading.Lock()
         self._examples: Examples = {}
+        self._ground: tuple[str, float | None, OpenSetRecognizer] | None = None
         self.snapshot = self._first()
 
     def catch_up(self, version: int | None = None) -> Snapshot:
@@ -74,7 +99,7 @@ class Live:
             if state.model == now.model:
                 changes = self._store.changes_since(now.gallery_version, now.model)
                 if changes.state.model == now.model:
-                    self.snapshot = self._next(now, changes)
+                    self.snapshot = self._made(_taken(self._examples, changes), changes)
                     return self.snapshot
             self.snapshot = self._first()
             return self.snapshot
@@ -83,44 +108,54 @@ class Live:
         """From the bundle of the active model, and everything that was ever enrolled."""
         while True:
             model = self._store.state().model
-            base = self._shelf.load(model)
+            self._shelf.load(model)  # which takes seconds: what was learned meanwhile is read afterwards
             changes = self._store.changes_since(0, model)
             if changes.state.model == model:
                 break
         left_behind = sum(change.name is not None and change.embedding is None for change in changes.items)
         if left_behind:
             logger.warning("%d examples came without an image and are not known to model %s", left_behind, model)
-        return self._assembled(base, _taken({}, changes), changes)
+        return self._made(_taken({}, changes), changes)
 
-    def _next(self, before: Snapshot, changes: Changes) -> Snapshot:
-        added = {c.id: (c.name, c.embedding) for c in changes.items if c.name and c.embedding is not None}
-        examples = _taken(self._examples, changes)
-        as_before = changes.trained == before.trained and changes.state.alpha == before.alpha
-        if not (as_before and len(added) == len(changes.items) and _are_last(added, self._examples)):
-            return self._assembled(self._shelf.load(before.model), examples, changes)
-        recognizer = _apart(before.recognizer).learn(_by_class(added))
-        snapshot = _snapshot(recognizer, before.model, changes)
-        self._examples = examples
-        return snapshot
+    def _made(self, examples: Examples, changes: Changes) -> Snapshot:
+        """The snapshot of these examples.
 
-    def _assembled(self, base: OpenSetRecognizer, examples: Examples, changes: Changes) -> Snapshot:
+        It is always made from the bundle, also where only one example is new: so it is a function of what the store
+        holds, and a replica that followed has the very same as one that starts now. A gallery or a detector that grew
+        step by step keeps traces of its way: in the order of its rows, in rounding, in the cells of its index.
+        """
+        state = changes.state
+        base = self._at_rate(state.model, state.alpha)
         recognizer = _apart(base)
         recognizer.calibration = _renamed(base.calibration, changes.trained)
         recognizer.validation = _renamed(base.validation, changes.trained)
-        recognizer.gallery, merged = assembled(base.gallery, changes.trained, _by_class(examples))
+        gallery, merged = assembled(base.gallery, changes.trained, _by_class(examples), base.copy_radius)
+        recognizer.gallery = replace(gallery, version=state.gallery_version)
         if base.class_weights is not None:
             recognizer.class_weights, recognizer.proxy_ids = joined(base.class_weights, base.proxy_ids, merged)
         recognizer.refit()
-        snapshot = _snapshot(recognizer, changes.state.model, changes)
         self._examples = examples
-        return snapshot
+        return Snapshot(recognizer, state.model, state.gallery_version, state.alpha, changes.trained)
+
+    def _at_rate(self, model: str, alpha: float | None) -> OpenSetRecognizer:
+        """The bundle at the rate that was chosen, or at its own where its calibration items are too few for it."""
+        if self._ground is None or self._ground[:2] != (model, alpha):
+            base = self._shelf.load(model)
+            if alpha is not None and alpha != base.kept_rate and base.has_scores:
+                try:
+                    base = _apart(base).keep_rate(alpha)
+                except OsmlError as error:
+                    logger.warning("model %s stays at its own rate: %s", model, error)
+            self._ground = (model, alpha, base)
+        return self._ground[2]
 
 
 def assembled(
-    gallery: Gallery, trained: Mapping[str, str | None], enrolled: Mapping[str, Tensor]
+    gallery: Gallery, trained: Mapping[str, str | None], enrolled: Mapping[str, Tensor], copy_radius: float = 0.0
 ) -> tuple[Gallery, dict[int, list[int]]]:
-    """A bundle's gallery with its classes renamed, merged or forgotten, and examples `(M, D)` of classes on top; and
-    for each class of the bundle that is left, the ids of those that it was made of."""
+    """A bundle's gallery with its classes renamed, merged or forgotten, and examples `(M, D)` of classes on top, near
+    copies among them once (`Gallery.add_all`); and for each class of the bundle that is left, the ids of those that it
+    was made of."""
     names = {old: trained.get(name, name) for old, name in gallery.classes.items()}
     # A class that others were merged into keeps its own id.
     ids = {name: old for old, name in names.items() if name is not None and name == gallery.classes[old]}
@@ -135,7 +170,7 @@ def assembled(
     if classes != dict(gallery.classes) or not torch.equal(labels, gallery.labels):
         kept = labels >= 0
         gallery = replace(gallery, classes=classes, labels=labels).keep(kept)
-    return gallery.add_all(enrolled), merged
+    return gallery.add_all(enrolled, copy_radius), merged
 
 
 def joined(weights: Tensor, proxy_ids: Sequence[int], merged: Mapping[int, list[int]]) -> tuple[Tensor, list[int]]:
@@ -157,14 +192,6 @@ def _apart(recognizer: OpenSetRecognizer) -> OpenSetRecognizer:
     return other
 
 
-def _snapshot(recognizer: OpenSetRecognizer, model: str, changes: Changes) -> Snapshot:
-    state = changes.state
-    recognizer.gallery = replace(recognizer.gallery, version=state.gallery_version)
-    if state.alpha is not None and state.alpha != recognizer.kept_rate and recognizer.has_scores:
-        recognizer.keep_rate(state.alpha)
-    return Snapshot(recognizer, model, state.gallery_version, state.alpha, changes.trained)
-
-
 def _taken(examples: Examples, changes: Changes) -> Examples:
     """With what has changed; the examples of before stay as they are."""
     after = dict(examples)
@@ -176,20 +203,13 @@ def _taken(examples: Examples, changes: Changes) -> Examples:
     return after
 
 
-def _are_last(added: Examples, examples: Examples) -> bool:
-    """Whether they come after all others of their classes: then a replica that has them come one by one, and one that
-    finds them all there, have them in the same order, and so the same folds and the same threshold."""
-    names = {name for name, _ in added.values()}
-    return not any(name in names and item >= min(added) for item, (name, _) in examples.items())
-
-
 def _by_class(examples: Examples) -> dict[str, Tensor]:
-    """Embeddings `(M, D)` of each class, in the order in which they were enrolled."""
+    """Embeddings `(M, D)` of each class, in the order of their ids; a class comes where its first example does."""
     rows = defaultdict(list)
     for item in sorted(examples):
         name, embedding = examples[item]
         rows[name].append(embedding)
-    return {name: torch.from_numpy(np.stack(rows[name])) for name in sorted(rows)}
+    return {name: torch.from_numpy(np.stack(of)) for name, of in rows.items()}
 
 
 def _renamed(held: LabelledEmbeddings | None, trained: Mapping[str, str | None]) -> LabelledEmbeddings | None:

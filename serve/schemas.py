@@ -142,6 +142,9 @@ class Changed(_Answer):
     name: str | None = Field(default=None, description="The class that was changed.")
     n_examples: int | None = Field(default=None, description="How many items this write concerned.")
     example_ids: list[str] | None = None
+    warnings: list[str] = Field(
+        default=[], description="What is to be known of the threshold now, as in the model's; most often nothing."
+    )
 
 
 # --- the unknown -----------------------------------------------------------------------------------------
@@ -233,6 +236,12 @@ class ModelOut(_Answer):
     )
     detector: str
     guarantee: str | None
+    rejection: Literal["on", "kept", "off"] = Field(
+        default="on",
+        description="kept: classes were forgotten until too few calibration items were left for the rate, and the last "
+        "threshold that they could promise stays. off: too few from the start, nothing is rejected.",
+    )
+    warnings: list[str] = Field(default=[], description="A line for each thing that is to be known of the threshold.")
     input: Literal["images", "embeddings"]
     width: int = Field(description="Of the embeddings.")
     n_classes: int

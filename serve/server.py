@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import random
 import shutil
 import signal
 import socket
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, redirect_stdout, suppress
@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from osml_plugin.errors import OsmlError
 
-from . import metrics
+from . import leftovers, metrics
 from .audit import audit_of
 from .keys import keys_required
 from .service import ask
@@ -42,6 +42,8 @@ def running(
     """
     told("looking at model and store")
     with _alone(config.home) as home:
+        for process in leftovers.clear(home):
+            told(f"ended {process}, left behind by a server of this home that was killed")
         config = _checked(config.model_copy(update={"home": home}))
         metrics.clear(config.metrics)
         with _running(config, cpus, told) as address:
@@ -66,7 +68,24 @@ def _alone(home: Path) -> Iterator[Path]:
 
 @contextmanager
 def _running(config: ServeConfig, cpus: int | None, told: Callable[[str], None]) -> Iterator[str]:
-    room = _room()
+    room = leftovers.make_room()
+    with leftovers.recorded(config.home, room):
+        try:
+            with _in_room(config, cpus, told, room) as address:
+                yield address
+        finally:
+            shutil.rmtree(room, ignore_errors=True)
+            _close_store(config)
+
+
+def _close_store(config: ServeConfig) -> None:
+    """Replicas do not always close it; the last one that does leaves one file, without a log beside it."""
+    with suppress(StoreUnavailable):
+        Store(config.database_url).close()
+
+
+@contextmanager
+def _in_room(config: ServeConfig, cpus: int | None, told: Callable[[str], None], room: Path) -> Iterator[str]:
     environment = _environment(config, room)
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)  # Ray's processes inherit it, and Serve reads it when it is imported
@@ -109,7 +128,6 @@ def _running(config: ServeConfig, cpus: int | None, told: Callable[[str], None])
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-        shutil.rmtree(room, ignore_errors=True)
 
 
 @contextmanager
@@ -196,16 +214,12 @@ def _free_port(host: str, port: int) -> int:
         try:
             probe.bind((host, port))
         except OSError as error:
-            reason = error.strerror or str(error)
-            raise OsmlError(f"cannot serve on {host}:{port}: {reason}; name another --port, or 0 for any") from error
+            reason, holder = error.strerror or str(error), None
+            if error.errno == errno.EADDRINUSE:
+                holder = leftovers.holder_of(port)
+            by = f" by {holder}: stop it, or" if holder else ";"
+            raise OsmlError(f"cannot serve on {host}:{port}: {reason}{by} name another --port, or 0 for any") from error
         return probe.getsockname()[1]
-
-
-def _room() -> Path:
-    """A folder for what only lives while the server runs. Sockets lie in it, whose paths HAProxy wants to be 97 bytes
-    at most, of which Serve and we use 81: where TMPDIR is longer than the rest, it is in /tmp."""
-    place = tempfile.gettempdir()
-    return Path(tempfile.mkdtemp(prefix="osml", dir=place if len(os.fsencode(place)) <= 16 else "/tmp"))
 
 
 def _environment(config: ServeConfig, room: Path) -> dict[str, str]:

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import math
 import threading
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ SMALL = 100_000
 """Bytes of images below which decoding takes less time than handing it to a thread."""
 INLINE = 1_000_000
 """Pixels of a request up to which the same holds."""
+WRITABLE_S = 1.0
+"""Seconds between looks at whether the store can be written."""
 RETRY_S = 60.0
 """Seconds after which a model version that could not be prepared is tried again, where the alias is followed."""
 WATCHED = 1000
@@ -104,6 +107,8 @@ class Service:
         self._keys_version = -1
         self.store_is_up = True
         """Whether the store answered when it was last asked."""
+        self.store_is_read_only = False
+        self._asked_writable = -math.inf
         self._preparing: str | None = None
         self._unloadable: str | None = None
         self.keyring = KeyRing((), required=True)
@@ -343,6 +348,11 @@ class Service:
             logger.warning("the store answers again")
         self.store_is_up = True
         metrics.store_up.set(1)
+        if time.monotonic() - self._asked_writable > WRITABLE_S:
+            read_only, self._asked_writable = self.store.is_read_only(), time.monotonic()
+            if read_only != self.store_is_read_only:
+                logger.warning("the store %s", "is read-only" if read_only else "can be written again")
+            self.store_is_read_only = read_only
         if state.keys_version != self._keys_version:
             keys = self.store.keys()
             self.keyring = KeyRing(keys, required=keys_required(self.config.host_is_loopback, keys))

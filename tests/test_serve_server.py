@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,22 +30,45 @@ def osml(*words, cwd) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
+def start(output, cwd, *words) -> tuple[subprocess.Popen, str, str]:
+    """A server that answers, its output so far, and its address."""
+    with open(output, "w") as file:
+        command = [sys.executable, "-m", "osml_plugin", "serve", *map(str, words)]
+        server = subprocess.Popen(command, cwd=cwd, stdout=file, stderr=file, start_new_session=True)
+    until(lambda: "stop       Ctrl-C" in output.read_text() or server.poll() is not None, timeout=180)
+    text = output.read_text()
+    if server.poll() is not None:
+        raise RuntimeError(text)
+    return server, text, next(line.split()[1] for line in text.splitlines() if line.startswith("serving"))
+
+
+def killed_but_for_its_proxy(server: subprocess.Popen, port: int) -> psutil.Process:
+    """All of a server but HAProxy is killed, which goes on holding the port."""
+    started = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+    holding = {c.pid for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr.port == port}
+    (proxy,) = [process for process in started if process.pid in holding]
+    assert proxy.name() == "haproxy"
+    for process in started:
+        if process.is_running() and process != proxy:
+            process.kill()
+    server.wait()
+    return proxy
+
+
 def test_from_start_to_end(bundle, digits_folder, tmp_path):
     output = tmp_path / "output"
-    with open(output, "w") as file:
-        command = [sys.executable, "-m", "osml_plugin", "serve", str(bundle), "--port", "0", "--root-path", "vision"]
-        server = subprocess.Popen(command, cwd=tmp_path, stdout=file, stderr=file, start_new_session=True)
+    server, _, address = start(output, tmp_path, bundle, "--port", 0)
+    port = address.rsplit(":", 1)[1]
+    proxy = killed_but_for_its_proxy(server, int(port))
+    # Another home's server names who has the port, and leaves it alone; that of this home ends its own.
+    taken = osml("serve", bundle, "--port", port, "--home", "other", cwd=tmp_path)
+    assert taken.returncode == 2 and f"already in use by process {proxy.pid} (" in taken.stderr.splitlines()[-1]
+    assert proxy.is_running()
+
+    server, text, address = start(output, tmp_path, "--port", port, "--root-path", "vision")
     try:
-        until(lambda: "stop       Ctrl-C" in output.read_text() or server.poll() is not None, timeout=180)
-        text = output.read_text()
-        assert server.poll() is None, text
-        address = next(line.split()[1] for line in text.splitlines() if line.startswith("serving"))
-        assert (
-            address.endswith("/vision")
-            and f"{address}/docs" in text
-            and "for this machine alone" in text
-            and "curl -F files=@" in text
-        )
+        assert f"ended process {proxy.pid} (" in text and not proxy.is_running() and address.endswith(f":{port}/vision")
+        assert f"{address}/docs" in text and "for this machine alone" in text and "curl -F files=@" in text
 
         started = [server.pid, *(child.pid for child in psutil.Process(server.pid).children(recursive=True))]
         listening = {
@@ -65,11 +88,6 @@ def test_from_start_to_end(bundle, digits_folder, tmp_path):
             assert client._http.get("/").headers["location"] == "/vision/docs"
             assert "osml_gallery_references" in client._http.get("/metrics").text
 
-        # Another one on the same port is refused, in one line.
-        taken = osml("serve", bundle, "--port", re.search(r":(\d+)/", address)[1], "--home", "other", cwd=tmp_path)
-        assert taken.returncode == 2
-        assert "already in use" in taken.stderr.splitlines()[-1]
-
         os.kill(server.pid, signal.SIGINT)
         assert server.wait(timeout=60) == 0
         until(lambda: not any(psutil.pid_exists(pid) for pid in started[1:]), timeout=20)
@@ -77,7 +95,10 @@ def test_from_start_to_end(bundle, digits_folder, tmp_path):
     finally:
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGKILL)
-    with closing(Store(f"sqlite:///{tmp_path}/osml-serve/store.db")) as store:
+    # All that was learned is in one file, a copy of which knows it.
+    assert not list((tmp_path / "osml-serve").glob("store.db-*"))
+    shutil.copyfile(tmp_path / "osml-serve" / "store.db", tmp_path / "copy.db")
+    with closing(Store(f"sqlite:///{tmp_path}/copy.db")) as store:
         assert store.classes()["7"] == 5
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
@@ -38,6 +41,7 @@ from osml_plugin.serve.store import (
     new_id,
     tables,
 )
+from osml_plugin.serve.store.reserve import RESERVED
 
 pytest_plugins = ["postgres"]
 
@@ -737,6 +741,64 @@ def test_a_full_disk_is_said_and_gone_with_its_cause(sqlite):
     assert 0 < acknowledged == sqlite.classes()["otter"] == sqlite.state().gallery_version
     limit(10**6)
     assert sqlite.enroll(ANN, "otter", [item()], MODEL).gallery_version == acknowledged + 1
+
+
+@contextmanager
+def mounted(folder, *options: str):
+    """A file system of the test's own; where this user may not mount one, the test is skipped, and says so."""
+    folder.mkdir(exist_ok=True)
+    mount = ["mount", *options, str(folder)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a file system cannot be mounted here: that takes root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_full_disk_lets_forget_make_room(tmp_path):
+    picture = NewItem(vector(0), bytes(20_000), "image/png")
+    with (
+        mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=48M", "tmpfs") as disk,
+        closing(Store(f"sqlite:///{disk}/store.db")) as store,
+    ):
+        reserve = disk / "store.db.reserve"
+        assert reserve.stat().st_blocks * 512 >= RESERVED
+        store.ask_model(ANN, MODEL, "models:/m/1", ["cat", "dog"])
+        (disk / "others").write_bytes(bytes(16 * 2**20))
+        with pytest.raises(StoreFull):
+            for n in range(10_000):
+                store.enroll(ANN, ("otter", "lynx")[n % 2], [picture] * 5, MODEL)
+        with (disk / "filler").open("wb") as file, pytest.raises(OSError, match="No space left"):
+            while True:
+                os.write(file.fileno(), bytes(512))
+        with pytest.raises(StoreFull, match="no room left"):
+            for _ in range(10_000):  # the log has some room of its own
+                store.set_alpha(ANN, 0.1)
+        assert reserve.exists(), "it is for what makes room"
+        examples, version = store.classes()["otter"], store.state().gallery_version
+        assert examples > 100
+        assert store.forget(keyed("f"), "otter").result["n_examples"] == examples
+        assert store.forget(keyed("f"), "otter").replayed and store.state().gallery_version == version + 1
+        assert not reserve.exists() and "otter" not in store.classes()
+        assert store.enroll(ANN, "lynx", [picture] * 5, MODEL).result["n_examples"] == 5
+        store.reserve_room()
+        assert not reserve.exists(), "it takes no room that is needed"
+        (disk / "others").unlink()
+        store.reserve_room()
+        assert reserve.exists() and list(disk.glob(".*")) == []
+
+
+def test_a_store_that_is_read_only_is_told(tmp_path):
+    folder = tmp_path / "disk"
+    with closing(Store(f"sqlite:///{folder}/store.db")) as store:
+        assert store.is_read_only() is False
+        with mounted(folder, "--bind", str(folder)):
+            subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+            assert store.is_read_only() is True and store.state().gallery_version == 0
+        assert store.is_read_only() is False
+        (folder / "store.db").rename(folder / "elsewhere")
+        assert store.is_read_only() is False, "it is not there at all"
 
 
 def test_a_file_that_is_taken_away_is_missed_and_found_again(sqlite, tmp_path):

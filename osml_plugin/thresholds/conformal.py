@@ -135,6 +135,9 @@ class Guarantee:
     """Classes without a promise of their own."""
     enrolled: int = 0
     """Classes that were enrolled, whose own examples set their τ: of them nothing above is said."""
+    left: int | None = None
+    """Calibration items that are left since classes were forgotten, where they are too few for the rate: the promise is
+    the last one before that. None: it is one of today."""
 
     @property
     def possible(self) -> bool:
@@ -162,6 +165,11 @@ class Guarantee:
             text += f"; enrolled classes: about {self.alpha:.1%} of what is nearest to them"
         if self.pooled:
             text += f"; pooled, for want of items: {', '.join(self.pooled)}"
+        if self.left is not None:
+            text += (
+                f"; kept from before classes were forgotten: {self.left} of these items are left, and "
+                f"{fewest(self.alpha)} are needed; train again, or choose a larger alpha"
+            )
         return text
 
 

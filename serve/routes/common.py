@@ -137,4 +137,5 @@ def changed(snapshot: Snapshot, written: Written, status: int = 200) -> JSONResp
     """What a committed write did."""
     fields = {"model_version": snapshot.model, "gallery_version": written.gallery_version}
     fields |= {"name": None, "n_examples": None, "example_ids": None} | written.result
+    fields["warnings"] = snapshot.warnings
     return JSONResponse(fields, status, {"Idempotency-Replayed": "true"} if written.replayed else None)

@@ -26,8 +26,17 @@ async def healthz() -> dict[str, str]:
 
 @router.get("/readyz")
 async def readyz(service: Served):
-    """It can recognise. It goes on doing so while the store does not answer, but learns nothing then."""
-    return answer(service.live.snapshot, {"status": "ready", "store": "up" if service.store_is_up else "down"})
+    """It can recognise. It goes on doing so while the store does not answer or is read-only, but learns nothing then.
+
+    `rejection`: on; kept, where too few calibration items are left for the rate and the last threshold that they could
+    promise stays; off, where nothing is rejected. `warnings` says more."""
+    snapshot, store = service.live.snapshot, "up"
+    if service.store_is_read_only:
+        store = "read-only"
+    if not service.store_is_up:
+        store = "down"
+    state = {"status": "ready", "store": store, "rejection": snapshot.rejection, "warnings": snapshot.warnings}
+    return answer(snapshot, state)
 
 
 @router.get("/metrics", response_class=Response)

@@ -40,6 +40,8 @@ def model(service: Served):
             "thresholds": {name: written(tau) for name, tau in recognizer.class_thresholds.items()},
             "detector": recognizer.detector.name,
             "guarantee": str(recognizer.guarantee) if recognizer.guarantee is not None else None,
+            "rejection": snapshot.rejection,
+            "warnings": snapshot.warnings,
             "input": "embeddings" if recognizer.preprocessing is None else "images",
             "width": recognizer.gallery.embeddings.shape[1],
             "n_classes": len(recognizer.gallery.classes),

@@ -6,9 +6,10 @@ import os
 import sqlite3
 import ssl
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import quote
 
 import pg8000
@@ -22,9 +23,11 @@ from sqlalchemy.exc import ArgumentError, DisconnectionError, SQLAlchemyError
 
 from osml_plugin.errors import OsmlError
 
-from .errors import StoreUnavailable, translated
+from .errors import StoreFull, StoreUnavailable, translated
+from .reserve import Reserve
 from .tables import state
 
+T = TypeVar("T")
 PATIENCE = 5.0
 """Seconds that connecting, waiting for a lock, or an answer on the wire may take."""
 VERSION_TABLE = "osml_schema"
@@ -56,23 +59,62 @@ class Database:
             if parsed.drivername == "sqlite" and parsed.database and parsed.database != ":memory:":
                 file = Path(parsed.database).absolute()
                 file.parent.mkdir(parents=True, exist_ok=True)
+                self.file, self.reserve = file, Reserve(file.with_name(f"{file.name}.reserve"))
                 self._serve(_sqlite(file))
                 # Changing a file to WAL is the one thing for which SQLite does not wait for other processes.
                 with FileLock(f"{file}.lock", timeout=60):
                     file.touch(mode=0o600)
                     self._bring_up_to_date()
+                    self.reserve_room()
             elif parsed.drivername in ("postgresql", "postgresql+pg8000") and parsed.username and parsed.database:
                 self._serve(_postgresql(parsed))
                 self._bring_up_to_date()
             else:
                 raise OsmlError(_expected(f"no store can be at '{parsed.render_as_string(hide_password=True)}'"))
-        self._turn = threading.Lock()
+        self._turn, self._thread = threading.Lock(), threading.local()
+
+    file: Path | None = None
+    """Of SQLite; None: the database is PostgreSQL's."""
+    reserve: Reserve | None = None
+    """Of the disk that SQLite's file is on; how PostgreSQL's is kept from filling up is its own affair."""
 
     def _serve(self, engine: Engine) -> None:
         self._engine, self._writing = engine, engine.execution_options(writes=True)
 
     def close(self) -> None:
+        """The last one to close a SQLite file leaves all of it in that one file, without a log beside it."""
         self._engine.dispose()
+
+    def is_read_only(self) -> bool:
+        """Whether it can be read and, for now, not be written: its file or disk is read-only, or it is a standby."""
+        if self.file is not None:
+            return self.file.exists() and not all(os.access(p, os.W_OK) for p in (self.file, self.file.parent))
+        with self.read() as connection:
+            standby = connection.scalar(text("SELECT pg_is_in_recovery()"))
+            return standby or connection.scalar(text("SHOW default_transaction_read_only")) == "on"
+
+    def copy_to(self, file: Path) -> None:
+        """Write a SQLite database as it is at one moment into a new file, while others read and write it."""
+        with _translating(), self._engine.connect() as connection:
+            # On the driver's own connection: SQLAlchemy would begin a transaction, in which this cannot be done.
+            connection.connection.driver_connection.execute("VACUUM INTO ?", (str(file),))
+
+    def reserve_room(self) -> None:
+        if self.reserve is not None:
+            self.reserve.fill()
+
+    def making_room(self, write: Callable[[], T]) -> T:
+        """Do a write that makes room; on a full disk once more, with the room that is reserved for it."""
+        try:
+            return write()
+        except StoreFull:
+            if self.reserve is None or not self.reserve.spend():
+                raise
+        self._thread.sparing = True
+        try:
+            return write()
+        finally:
+            self._thread.sparing = False
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -90,7 +132,8 @@ class Database:
             with _translating(), self._writing.begin() as connection:
                 if connection.dialect.name == "postgresql":
                     connection.execute(select(state.c.id).with_for_update())
-                yield connection
+                with _sparing(connection) if getattr(self._thread, "sparing", False) else nullcontext():
+                    yield connection
         finally:
             self._turn.release()
 
@@ -111,6 +154,18 @@ class Database:
                 config.attributes["connection"] = connection
                 with _upgrading:
                     command.upgrade(config, "head")
+
+
+@contextmanager
+def _sparing(connection: Connection) -> Iterator[None]:
+    """Deletes without overwriting what is deleted, where SQLite was built to: in the log this takes as much room as the
+    deleted takes in the file. The next writes overwrite it."""
+    before = connection.exec_driver_sql("PRAGMA secure_delete").scalar()
+    connection.exec_driver_sql("PRAGMA secure_delete = FAST")
+    try:
+        yield
+    finally:
+        connection.exec_driver_sql(f"PRAGMA secure_delete = {before}")
 
 
 def shown(url: str) -> str:

@@ -114,7 +114,7 @@ class Gallery(Ledger):
             _require(names, into)
             if source == into:
                 raise Conflict(f"class '{source}' cannot be merged into itself: name another one")
-            _require_two(names - {source})
+            _require_two(recognized_names(this.connection, this.state.model) - {source})
             return {"name": into, "n_examples": _give_name(this, source, into)}
 
         return self._write(by, "merge", source, change)
@@ -128,10 +128,10 @@ class Gallery(Ledger):
         def change(this: Change) -> dict:
             names = _current_names(this.connection, this.state.model)
             _require(names, name)
-            _require_two(names - {name})
+            _require_two(recognized_names(this.connection, this.state.model) - {name})
             return {"name": name, "n_examples": _give_name(this, name, None)}
 
-        return self._write(by, "forget", name, change)
+        return self._write(by, "forget", name, change, frees=True)
 
     def remove_example(self, by: Write, name: str, id: str) -> Written:
         """Result: name, n_examples, example_ids. Raises `NotThere`, and `Conflict` as `forget` does."""
@@ -141,10 +141,10 @@ class Gallery(Ledger):
             _require(_current_names(this.connection, this.state.model), name)
             if not _update_examples(this, one, None):
                 raise NotThere(f"class '{name}' has no example '{id}': list its examples")
-            _require_two(_current_names(this.connection, this.state.model))
+            _require_two(recognized_names(this.connection, this.state.model))
             return {"name": name, "n_examples": 1, "example_ids": [id]}
 
-        return self._write(by, "remove example", name, change)
+        return self._write(by, "remove example", name, change, frees=True)
 
     def set_alpha(self, by: Write, alpha: float | None, asked: Mapping[str, Any] | None = None) -> Written:
         """The share of known items that may be rejected; None: the bundle's own threshold. Result: alpha."""
@@ -231,6 +231,14 @@ def bundle_names(connection: Connection, model: str | None) -> set[str]:
 def _current_names(connection: Connection, model: str | None) -> set[str]:
     with_examples = select(items.c.name).where(items.c.state == "example", items.c.version.is_not(None)).distinct()
     return bundle_names(connection, model) | set(connection.scalars(with_examples))
+
+
+def recognized_names(connection: Connection, model: str | None) -> set[str]:
+    """Of the current names, those that a replica with this model recognizes: classes whose examples all came without an
+    image, under another model, are none of these."""
+    by_model = select(embeddings.c.item_id).where(embeddings.c.model == model, embeddings.c.vector != b"")
+    embedded = select(items.c.name).where(items.c.state == "example", items.c.id.in_(by_model)).distinct()
+    return bundle_names(connection, model) | set(connection.scalars(embedded))
 
 
 def _require(names: set[str], name: str) -> None:

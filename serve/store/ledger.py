@@ -106,11 +106,19 @@ class Ledger:
         with self._database.read() as connection:
             return read_state(connection)
 
-    def _write(self, by: Write, action: str, subject: str | None, change: Callable[[Change], dict]) -> Written:
+    def _write(
+        self, by: Write, action: str, subject: str | None, change: Callable[[Change], dict], *, frees: bool = False
+    ) -> Written:
         """Does `change`, which returns the result, and logs it; or gives the result of the same write before.
 
+        `frees`: it makes room, and is done on a full disk as well.
         Raises `KeyReused`, and whatever `change` raises: then nothing is written.
         """
+        if frees:
+            return self._database.making_room(lambda: self._written(by, action, subject, change))
+        return self._written(by, action, subject, change)
+
+    def _written(self, by: Write, action: str, subject: str | None, change: Callable[[Change], dict]) -> Written:
         with self._database.write() as connection:
             this = Change(connection)
             if by.key is not None and (before := _before(connection, by)):

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, func, insert, select, update
 
 from .errors import Conflict
-from .gallery import bundle_names
+from .gallery import recognized_names
 from .jobs import end_job, queue
 from .ledger import Change, Ledger, batches, now, to_blob
 from .records import ModelRecord, Write, Written
@@ -79,13 +79,11 @@ class Models(Ledger):
 
     def add_embeddings(self, model: str, vectors: Mapping[str, np.ndarray | None]) -> None:
         """Embeddings `(D,)` by `model` of items, by their ids; None: it cannot embed the item, and is not to try again.
-        Items that went meanwhile are passed over."""
+        Items that went meanwhile are passed over, and so are those that another replica embedded meanwhile: replicas
+        hold these already, and embeddings of one image in two batches differ in their last digits."""
         with self._database.write() as connection:
             for batch in batches(vectors):
-                connection.execute(
-                    delete(embeddings).where(embeddings.c.model == model, embeddings.c.item_id.in_(batch))
-                )
-                there = connection.scalars(select(items.c.id).where(items.c.id.in_(batch), items.c.state != "gone"))
+                there = connection.scalars(select(items.c.id).where(items.c.id.in_(batch), _has_no(model))).all()
                 blobs = {id: b"" if vectors[id] is None else to_blob(vectors[id]) for id in there}
                 rows = [{"item_id": id, "model": model, "vector": blob} for id, blob in blobs.items()]
                 if rows:
@@ -115,8 +113,13 @@ def _records(connection: Connection, order) -> list[ModelRecord]:
 
 def _lacks(model: str):
     """An item that came as something to be embedded, and has no embedding by `model`."""
+    return items.c.id.in_(select(images.c.item_id)) & _has_no(model)
+
+
+def _has_no(model: str):
+    """An item that is there and has no embedding by `model`."""
     by_model = select(embeddings.c.item_id).where(embeddings.c.item_id == items.c.id, embeddings.c.model == model)
-    return items.c.id.in_(select(images.c.item_id)) & ~by_model.exists()
+    return (items.c.state != "gone") & ~by_model.exists()
 
 
 def _missing(connection: Connection, model: str) -> bool:
@@ -124,9 +127,7 @@ def _missing(connection: Connection, model: str) -> bool:
 
 
 def _activate(this: Change, version: str) -> None:
-    by_version = select(embeddings.c.item_id).where(embeddings.c.model == version, embeddings.c.vector != b"")
-    enrolled = select(items.c.name).where(items.c.state == "example", items.c.id.in_(by_version)).distinct()
-    left = bundle_names(this.connection, version) | set(this.connection.scalars(enrolled))
+    left = recognized_names(this.connection, version)
     if this.state.model is not None and len(left) < 2:
         raise Conflict(f"model '{version}' would know {len(left)} of the classes that are left: enrol others by images")
     if this.state.model is None:

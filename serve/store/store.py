@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from .database import Database
 from .gallery import Gallery
 from .jobs import Jobs
@@ -23,4 +25,22 @@ class Store(Gallery, Unknowns, Jobs, Proposals, Models, Keys):
         super().__init__(Database(url))
 
     def close(self) -> None:
+        """The last one to close a SQLite file leaves it in one piece, without a log beside it."""
         self._database.close()
+
+    @property
+    def file(self) -> Path | None:
+        """Of SQLite; None: it is in PostgreSQL."""
+        return self._database.file
+
+    def is_read_only(self) -> bool:
+        """Whether it can be read and, for now, not be written."""
+        return self._database.is_read_only()
+
+    def copy_to(self, file: Path) -> None:
+        """Write what is in it at this moment, of SQLite, into a new file; others go on reading and writing it."""
+        self._database.copy_to(file)
+
+    def reserve_room(self) -> None:
+        """Keep room on the disk for writes that make room, where it was spent and there is some again."""
+        self._database.reserve_room()

@@ -85,13 +85,13 @@ class Unknowns(Ledger):
                 this.connection.execute(delete(items).where(items.c.id.in_(batch)))
             return {"n_examples": len(unique), "example_ids": unique}
 
-        return self._write(by, "discard", None, change)
+        return self._write(by, "discard", None, change, frees=True)
 
     def prune_unknowns(self, keep: int, days: float) -> int:
         """Leaves the newest `keep` of the pool, and none older than `days`; how many went. Never an example."""
         old = items.c.created_at < now() - timedelta(days=days)
-        pruned = 0
-        while True:  # in short transactions: others write in between
+
+        def some() -> int:
             with self._database.write() as connection:
                 newest = select(items.c.id).where(_UNKNOWN).order_by(items.c.id.desc())
                 first_out = connection.scalar(newest.offset(keep).limit(1))
@@ -99,6 +99,11 @@ class Unknowns(Ledger):
                 batch = list(connection.scalars(select(items.c.id).where(_UNKNOWN, beyond).limit(500)))
                 if batch:
                     connection.execute(delete(items).where(items.c.id.in_(batch)))
-            pruned += len(batch)
-            if len(batch) < 500:
+                return len(batch)
+
+        pruned = 0
+        while True:  # in short transactions: others write in between
+            n = self._database.making_room(some)
+            pruned += n
+            if n < 500:
                 return pruned
