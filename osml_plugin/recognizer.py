@@ -27,6 +27,7 @@ from .errors import OsmlError
 from .gallery import Gallery, Neighbor
 from .known_items import LabelledEmbeddings, fit_items
 from .labels import class_ids, read_labels
+from .names import canonical
 from .preprocessing import Preprocessing
 from .thresholds import Conformal, Guarantee, Threshold
 
@@ -229,7 +230,7 @@ class OpenSetRecognizer:
     def forget(self, name: str) -> OpenSetRecognizer:
         """Drop a class and all its references; what belongs to it is unknown from now on, and a class that is enrolled
         under its name later is another one."""
-        before = self._fitted_gallery()
+        before, name = self._fitted_gallery(), canonical(str(name))
         gone = before.labels == before.id_of(name)
         after = before.remove(name)
 
