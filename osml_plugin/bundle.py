@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -25,6 +25,7 @@ from .data.pixels import DEEP, parse_color
 from .errors import OsmlError
 from .gallery import Gallery
 from .known_items import LabelledEmbeddings
+from .names import canonical
 from .preprocessing import Preprocessing
 from .recognizer import OpenSetRecognizer, measured_radius
 from .training import build_model
@@ -81,12 +82,15 @@ class _ModelDetails(_Details):
     output: Literal["embedder", "trunk"]
 
 
+_Name = Annotated[str, AfterValidator(canonical)]  # until 0.1.0 a name was written as it came
+
+
 class Manifest(_Strict):
-    """`bundle.json`."""
+    """`bundle.json`. Names of classes are canonical, and two forms of one name may be two of its classes."""
 
     format: Literal["osml-bundle"]
     version: Literal[1]
-    classes: dict[_Count, str]
+    classes: dict[_Count, _Name]
     next_id: _Count
     gallery_version: _Count
     detector: _Part
@@ -94,7 +98,7 @@ class Manifest(_Strict):
     alpha: float
     proxy_ids: list[int]
     preprocessing: Preprocessing | None
-    held_out_names: dict[Literal["calibration", "validation"], list[str]]
+    held_out_names: dict[Literal["calibration", "validation"], list[_Name]]
     copy_radius: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """None: written by 0.1.0, which did not measure it."""
     details: dict[str, Any]
@@ -340,16 +344,17 @@ def _recognizer(
         raise ValueError("the gallery holds classes without a name")
     if not len(gallery["labels"]) == len(gallery["embeddings"]) == len(gallery["enrolled"]):
         raise ValueError("the gallery's tensors are not of one length")
+    first: dict[str, int] = {}
+    one = {i: first.setdefault(name, i) for i, name in sorted(manifest.classes.items())}
     recognizer.gallery = Gallery(
         embeddings=gallery["embeddings"],
-        labels=gallery["labels"],
-        classes=manifest.classes,
+        labels=_relabeled(gallery["labels"], one),
+        classes={i: name for name, i in first.items()},
         enrolled=gallery["enrolled"].bool(),
         version=manifest.gallery_version,
         next_id=manifest.next_id,
     )
-    recognizer.class_weights = gallery.get("class_weights")
-    recognizer.proxy_ids = manifest.proxy_ids
+    recognizer.class_weights, recognizer.proxy_ids = _joined(gallery.get("class_weights"), manifest.proxy_ids, one)
     recognizer.calibration = _held_out(gallery, "calibration", manifest.held_out_names)
     recognizer.validation = _held_out(gallery, "validation", manifest.held_out_names)
     if "seen_signatures" in gallery:
@@ -369,6 +374,27 @@ def _measured(recognizer: OpenSetRecognizer) -> float:
     trained = (~gallery.enrolled).nonzero()[:, 0]
     names = tuple(gallery.classes[i] for i in gallery.labels[trained].tolist())
     return measured_radius(LabelledEmbeddings(gallery.embeddings[trained], names)) if names else 0.0
+
+
+def _relabeled(labels: Tensor, one: dict[int, int]) -> Tensor:
+    """Class ids `(R,)` with two forms of one name as one class: `one` is the id of each."""
+    for i, of in one.items():
+        if i != of:
+            labels = labels.where(labels != i, of)
+    return labels
+
+
+def _joined(weights: Tensor | None, ids: list[int], one: dict[int, int]) -> tuple[Tensor | None, list[int]]:
+    """Proxies `(C, P, D)` and their class ids, the proxies of two forms of one name together. All classes have as many:
+    of the others some stand twice, which changes nothing, since a class is as near as the nearest of its proxies."""
+    places: dict[int, list[int]] = {}
+    for place, i in enumerate(ids):
+        places.setdefault(one.get(i, i), []).append(place)
+    if weights is None or len(places) == len(ids):
+        return weights, list(places)
+    most = max(map(len, places.values()))
+    rows = [torch.cat([weights[of[k % len(of)]] for k in range(most)]) for of in places.values()]
+    return torch.stack(rows), list(places)
 
 
 def _load_tensors(path: Path, file: _File) -> dict[str, Tensor]:

@@ -12,7 +12,8 @@ from torch import Tensor
 from .detectors import Detector
 from .discovery import Discovery
 from .errors import OsmlError
-from .gallery import Gallery, check_name
+from .gallery import Gallery
+from .names import further_names
 from .registry import checked_number
 
 REHEARSALS = 6
@@ -53,11 +54,11 @@ def examples_of_groups(
         raise OsmlError(f"{len(embeddings)} items, but the discovery is one of {len(discovery.labels)}: give its items")
     if names is None:
         names = _numbered(discovery.n_classes, class_names)
-    for group, name in names.items():
+    for group in names:
         if group not in range(discovery.n_classes) or isinstance(group, bool):
             there = f"groups are numbered 0 to {discovery.n_classes - 1}" if discovery.n_classes else "there are none"
             raise OsmlError(f"no group {group!r} in this discovery: {there}")
-        check_name(name)
+    names = dict(zip(names, further_names(names.values(), class_names), strict=True))
     least = 0.0 if min_confidence is None else checked_number("min_confidence", min_confidence)
     sure = np.asarray(discovery.confidence) >= least
     parts: dict[str, list[Tensor]] = {}
@@ -100,9 +101,9 @@ def rehearsed_scores(
     """
     rng = np.random.default_rng(0)
     some = rng.permutation(len(names))[:MOST_PLAYERS]
-    free = max(gallery.class_names, key=len)  # with a number behind it, it is no name of a class
     of_class = [some[names[some] == name] for name in np.unique(names[some])]
-    players = {f"{free} {k}": rows for k, rows in enumerate(of_class) if len(rows) > size}
+    free = _numbered(len(of_class), gallery.class_names)
+    players = {free[k]: rows for k, rows in enumerate(of_class) if len(rows) > size}
     scores = [np.empty(0)]
     for _ in range(-(-REHEARSALS // len(players)) if players else 0):
         dealt = {name: rng.permutation(rows) for name, rows in players.items()}

@@ -13,6 +13,7 @@ from . import UNKNOWN
 from .data import ON_WHITE, Rendering
 from .discovery import Discovery
 from .metrics import DiscoveryMetrics, OpenSetMetrics, discovery_metrics, open_set_metrics
+from .names import check_apart, item_labels
 from .preprocessing import rendering_of
 from .recognizer import OpenSetRecognizer, Recognition
 from .thresholds.base import written
@@ -59,10 +60,12 @@ def evaluate_embeddings(
 ) -> Evaluation:
     """Evaluate on test embeddings `(N, D)` of the recognizer's own network, and their true class names.
 
-    A class is known iff it is in the gallery. The grouping sees the items of unknown classes only, so that its
-    figures do not depend on the threshold.
+    A class is known iff it is in the gallery, in whatever Unicode form it is named. The grouping sees the items of
+    unknown classes only, so that its figures do not depend on the threshold.
     """
     ids = {name: i for i, name in recognizer.gallery.classes.items()}
+    names = item_labels(names)
+    check_apart(names, ids)
     labels = np.array([ids.get(n, UNKNOWN) for n in names])
     recognition = recognizer.recognize(embeddings)
     nearest = np.array([ids[n] for n in recognition.nearest])

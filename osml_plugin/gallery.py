@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import UNKNOWN
 from .copies import new_items
 from .errors import OsmlError, unknown_name
+from .names import canonical, further_names
 from .neighbors import NeighborIndex
 
 
@@ -55,9 +55,10 @@ class Gallery:
         return [self.classes[i] for i in sorted(self.classes)]
 
     def id_of(self, name: str) -> int:
-        """The id of a class; OsmlError names the nearest right one."""
+        """The id of a class, in whatever Unicode form it is named; OsmlError names the nearest right one."""
+        wanted = canonical(str(name))
         for i, known in self.classes.items():
-            if known == name:
+            if known == wanted:
                 return i
         raise unknown_name("class", name, self.classes.values())
 
@@ -71,12 +72,21 @@ class Gallery:
         An example within `copy_radius` of a reference of its class, or identical to one but for rounding, is a
         near-copy: it says nothing new and is left out. Examples are taken in their order, so that it makes no
         difference whether they come at once or one by one.
+
+        Raises:
+            OsmlError: for a new class of a name that no class may have, or that looks like another's.
         """
+        named: dict[str, Tensor] = {}
+        for name, new in zip(further_names(examples, self.classes.values()), examples.values(), strict=True):
+            named[name] = torch.cat([named[name], new]) if name in named else new
+        return self.restored(named, copy_radius)
+
+    def restored(self, examples: Mapping[str, Tensor], copy_radius: float = 0.0) -> Gallery:
+        """The same for canonical names that were checked when they were stored, by the rule of those days."""
         if not examples:
             return self
         grown, labels, added = self, [self.labels], [self.embeddings]
         for name, embeddings in examples.items():
-            check_name(name)
             label = {n: i for i, n in grown.classes.items()}.get(name)
             label = grown._new_id(name) if label is None else label
             new = new_items(embeddings, self.embeddings[self.labels == label], copy_radius)
@@ -143,12 +153,3 @@ class Gallery:
                 enrolled = self.enrolled[of_class]
                 fold[of_class[enrolled]] = distinct[enrolled] % min(n, len(first))
         return fold
-
-
-def check_name(name: str) -> None:
-    if not isinstance(name, str):
-        raise OsmlError(f"the name of a class is text; got {name!r}: write '{name}'")
-    if not name or name != name.strip() or not name.isprintable():
-        raise OsmlError(f"a class needs a name of printable characters without blanks at its ends; got {name!r}")
-    if name == str(UNKNOWN):
-        raise OsmlError(f"a class cannot be named {name}: that is the label of what is unknown")

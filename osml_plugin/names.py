@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Iterable
 
 from . import UNKNOWN
 from .errors import OsmlError
@@ -66,18 +66,30 @@ def item_labels(texts: Iterable[str]) -> tuple[str, ...]:
     return _all(texts, _label)
 
 
+def further_names(texts: Iterable[str], there: Iterable[str]) -> tuple[str, ...]:
+    """The canonical form of each name of a class that is `there`, whatever an older release let it be called, or of a
+    new one; OsmlError as in `class_names`, and for a new name that looks like one of `there`."""
+    there = set(there)
+    names = tuple(
+        canonical(text) if isinstance(text, str) and canonical(text) in there else class_name(text) for text in texts
+    )
+    check_apart(class_names(set(names) - there), there)
+    return names
+
+
 def is_unknown_label(name: str) -> bool:
     """True for the labels of items of unknown classes."""
     return name.casefold() in UNKNOWN_LABELS
 
 
-def check_apart(name: str, others: Collection[str]) -> None:
-    """Raise `OsmlError` where `name` is none of `others` and looks like one of them. All are canonical."""
-    if name not in others:
-        looks = look(name)
-        for other in others:
-            if look(other) == looks:
-                raise _alike(name, other)
+def check_apart(names: Iterable[str], others: Iterable[str]) -> None:
+    """Raise `OsmlError` where one of `names` is none of `others` and looks like one of them. All are canonical."""
+    others = set(others)
+    of_look = None
+    for name in set(names) - others:
+        of_look = of_look or {look(other): other for other in others}
+        if look(name) in of_look:
+            raise _alike(name, of_look[look(name)])
 
 
 def look(name: str) -> str:
@@ -93,9 +105,9 @@ def shown(name: str) -> str:
     return f"'{''.join(escaped)}'"
 
 
-def _all(texts: Iterable[str], rule) -> tuple[str, ...]:
+def _all(texts: Iterable[str], rule: Callable[[str], str]) -> tuple[str, ...]:
     texts = tuple(texts)
-    names = {text: rule(text) for text in dict.fromkeys(texts)}
+    names = {text: rule(text) for text in dict.fromkeys(t if isinstance(t, str) else rule(t) for t in texts)}
     of_look: dict[str, str] = {}
     for name in names.values():
         if of_look.setdefault(look(name), name) != name:
@@ -104,9 +116,8 @@ def _all(texts: Iterable[str], rule) -> tuple[str, ...]:
 
 
 def _alike(name: str, other: str) -> OsmlError:
-    return OsmlError(
-        f"class names {shown(name)} and {shown(other)} look alike: expected the same name for the same class; rename one"
-    )
+    both = f"class names {shown(name)} and {shown(other)}"
+    return OsmlError(f"{both} look alike: expected one name for one class; rename the one or the other")
 
 
 def _label(text: str) -> str:
@@ -120,7 +131,9 @@ def _label(text: str) -> str:
 
 
 def _problem(name: str) -> str | None:
-    if not name or _BLANKS.match(name[0]) or _BLANKS.match(name[-1]):
+    if not _BLANKS.sub("", name):
+        return "expected some text, since a class needs a name"
+    if _BLANKS.match(name[0]) or _BLANKS.match(name[-1]):
         return "expected a name without blanks at its ends"
     if len(name) > LONGEST:
         return f"expected at most {LONGEST} characters, got {len(name)}"

@@ -28,6 +28,7 @@ from .errors import OsmlError
 from .gallery import Gallery, Neighbor
 from .known_items import LabelledEmbeddings, fit_items
 from .labels import class_ids, read_labels
+from .names import canonical
 from .preprocessing import Preprocessing
 from .thresholds import Conformal, Guarantee, Threshold
 
@@ -241,7 +242,7 @@ class OpenSetRecognizer:
         Where fewer calibration items are left than the rate needs, the last threshold that they could promise stays
         (`n_left`, `guarantee`): forgetting never turns rejection off.
         """
-        before = self._fitted_gallery()
+        before, name = self._fitted_gallery(), canonical(str(name))
         gone = before.labels == before.id_of(name)
         after = before.remove(name)
 

@@ -80,7 +80,7 @@ def _errors(app: FastAPI) -> None:
 
     @app.exception_handler(StarletteHTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
-        headers, path = error.headers, getattr(request.scope.get("route"), "path", None)
+        headers, path = error.headers, getattr(request.scope.get("route"), "path_format", None)
         if error.status_code == 405 and path in app.openapi()["paths"]:
             # Starlette names the methods of the first route with this path alone.
             headers = {"Allow": ", ".join(method.upper() for method in app.openapi()["paths"][path])}
@@ -108,7 +108,7 @@ class Measured:
         try:
             await self._app(scope, receive, watched)
         finally:
-            route = getattr(scope.get("route"), "path", "other")
+            route = getattr(scope.get("route"), "path_format", "other")
             method = scope["method"] if scope["method"] in METHODS else "other"
             metrics.requests.labels(method, route, str(status)).inc()
             metrics.latency.labels(route).observe(time.perf_counter() - began)

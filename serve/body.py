@@ -54,7 +54,8 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         # All other bodies are small JSON, which is parsed before anything else is asked.
-        most = self.max_bytes if scope.get("path", "").endswith(self.routes) else min(SMALL, self.max_bytes)
+        of_items = scope.get("method", "POST") == "POST" and scope.get("path", "").endswith(self.routes)
+        most = self.max_bytes if of_items else min(SMALL, self.max_bytes)
         too_large = f"the body is larger than {most:,} bytes: send less at once"
         headers = scope["headers"]
         problem = self._problem(most, too_large, [value for name, value in headers if name == b"content-length"])

@@ -170,7 +170,7 @@ def assembled(
     if classes != dict(gallery.classes) or not torch.equal(labels, gallery.labels):
         kept = labels >= 0
         gallery = replace(gallery, classes=classes, labels=labels).keep(kept)
-    return gallery.add_all(enrolled, copy_radius), merged
+    return gallery.restored(enrolled, copy_radius), merged
 
 
 def joined(weights: Tensor, proxy_ids: Sequence[int], merged: Mapping[int, list[int]]) -> tuple[Tensor, list[int]]:

@@ -7,30 +7,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from osml_plugin import UNKNOWN
+from osml_plugin.names import LONGEST, canonical, class_name
 
-MAX_NAME = 200
-
-
-_NO_CLASSES = (".", "..", "unknown", str(UNKNOWN))
-
-
-def _class_name(name: str) -> str:
-    if not name or name != name.strip() or not name.isprintable() or "/" in name or name in _NO_CLASSES:
-        raise ValueError(
-            "a class name has printable characters, no '/', no blanks at its ends, and is not "
-            f"{' or '.join(_NO_CLASSES)}; got {name!r}"
-        )
-    return name
-
-
-# As much of `_class_name` as a JSON schema can say.
-_PATTERN = {"pattern": r"^[^/\x00-\x20\x7f-\xa0]([^/\x00-\x1f\x7f-\xa0]*[^/\x00-\x20\x7f-\xa0])?$"}
+# As much of the rule as a JSON schema can say; two characters of a decomposed name may be one of its composed form.
+_SCHEMA = {
+    "pattern": r"^[^\x00-\x20\x7f-\xa0]([^\x00-\x1f\x7f-\x9f]*[^\x00-\x20\x7f-\xa0])?$",
+    "maxLength": LONGEST,
+}
 ClassName = Annotated[
-    str,
-    Field(min_length=1, max_length=MAX_NAME, examples=["otter"], json_schema_extra=_PATTERN),
-    AfterValidator(_class_name),
+    str, Field(min_length=1, examples=["otter"], json_schema_extra=_SCHEMA), AfterValidator(class_name)
 ]
+CurrentName = Annotated[
+    str, Field(min_length=1, examples=["otter"], description="A class that is there."), AfterValidator(canonical)
+]
+"""Of a class that is there already: a model of an older release may have one that is 'unknown'."""
 ItemId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$", examples=["0192f0c1a5b37c8e9d0f1a2b3c4d5e6f"])]
 JobId = ItemId
 _BASE64 = (
@@ -133,7 +123,7 @@ class NewName(_Strict):
 
 
 class Into(_Strict):
-    into: Annotated[str, Field(min_length=1, max_length=MAX_NAME, description="A class that is there.")]
+    into: CurrentName
 
 
 class Changed(_Answer):

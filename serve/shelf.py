@@ -80,7 +80,7 @@ class Shelf:
 
     def class_names(self, version: str) -> list[str]:
         """Of the bundle."""
-        return list(read_manifest(self._bring(version)).classes.values())
+        return list(dict.fromkeys(read_manifest(self._bring(version)).classes.values()))
 
     def _place(self, version: str) -> Path:
         return self.folder / quote(version, safe="@ ").replace("%2F", "@", 1)

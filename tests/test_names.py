@@ -115,8 +115,9 @@ def test_what_cannot_be_a_name_is_refused_in_one_printable_line(name):
 
 @pytest.mark.parametrize("value", NO_TEXT, ids=repr)
 def test_what_is_no_text_is_refused(value):
-    with pytest.raises(OsmlError, match="the name of a class is text"):
-        class_name(value)
+    for rule in (class_name, lambda name: class_names(["a", name]), lambda name: item_labels([name])):
+        with pytest.raises(OsmlError, match="the name of a class is text"):
+            rule(value)
 
 
 @pytest.mark.parametrize(
@@ -153,9 +154,9 @@ def test_two_names_that_look_alike_do_not_stand_together(one, other):
             rule([one, "k", other])
         assert str(error.value).isprintable() and shown(class_name(one)) != shown(class_name(other))
     with pytest.raises(OsmlError, match="look alike"):
-        check_apart(one, {"k", other})
-    check_apart(one, {one, other})  # one that is there may go on
-    check_apart(one, {"k"})
+        check_apart(["m", one], ["k", other])
+    check_apart([one], [one, other])  # one that is there may go on
+    check_apart([one], ["k"])
 
 
 def test_letters_that_resemble_one_another_are_others():

@@ -113,31 +113,31 @@ def make_app() -> FastAPI:
     async def classes():
         return VERSIONS | {"classes": [{"name": "cat", "trained": 10, "enrolled": 0}]}
 
-    @app.get("/v1/classes/{name}/examples", response_model=s.ExamplesOf)
+    @app.get("/v1/classes/{name:path}/examples", response_model=s.ExamplesOf)
     async def examples(name: str, after: str | None = None):
         rows, following = page([{"id": i, "has_image": True, "created_at": NOW} for i in IDS], after)
         return VERSIONS | {"name": name, "examples": rows, "next": following}
 
-    @app.post("/v1/classes/{name}/examples", response_model=s.Changed, status_code=201)
+    @app.post("/v1/classes/{name:path}/examples", response_model=s.Changed, status_code=201)
     async def enroll(name: s.ClassName, request: Request):
         if request.state.files:
             return changed(name, len(request.state.files))
         body = s.Examples.model_validate_json(request.state.body)
         return changed(name, len(body.embeddings or body.observation_ids))
 
-    @app.delete("/v1/classes/{name}/examples/{id}", response_model=s.Changed)
+    @app.delete("/v1/classes/{name:path}/examples/{id}", response_model=s.Changed)
     async def remove_example(name: str, id: str):
         return changed(name)
 
-    @app.patch("/v1/classes/{name}", response_model=s.Changed)
+    @app.patch("/v1/classes/{name:path}", response_model=s.Changed)
     async def rename(name: str, new: s.NewName):
         return changed(new.name)
 
-    @app.post("/v1/classes/{name}/merge", response_model=s.Changed)
+    @app.post("/v1/classes/{name:path}/merge", response_model=s.Changed)
     async def merge(name: str, into: s.Into):
         return changed(into.into)
 
-    @app.delete("/v1/classes/{name}", response_model=s.Changed)
+    @app.delete("/v1/classes/{name:path}", response_model=s.Changed)
     async def forget(name: str):
         return changed(name)
 
@@ -575,6 +575,8 @@ class TestOnTheWire:
             @example("...")
             @example("a;b:c@d\\'\"")
             @example("Ötter 獭")
+            @example("birds/robin")
+            @example("/examples/")
             def arrives(name):
                 assert client.forget(name).name == name
                 assert client.remove_example(name, IDS[0]).name == name

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import OsmlError
+from ..names import item_labels
 from .folders import is_special
 from .threads import in_threads
 
@@ -23,7 +23,8 @@ ROLES = ("train", "calibration", "validation", "test")
 class Items:
     """N items of one source. Each field is None or has N entries.
 
-    labels: the class name of each item; None where the source has none. '-1' is that of items of unknown classes.
+    labels: the class name of each item, in canonical form (`names.py`); None where the source has none. '-1' and
+        'unknown' are those of items of unknown classes.
     paths: image files; beside embeddings, the images that those came from (never opened here).
     embeddings: `(N, D)` float32, or None for images.
     roles: the data role of each item as the source declares it, one of `ROLES`.
@@ -41,7 +42,8 @@ class Items:
             values = getattr(self, field)
             if values is not None and len(values) != len(self):
                 raise OsmlError(f"{len(values)} {field} for {len(self)} items; expected one an item")
-        check_class_names(self.labels or ())
+        if self.labels is not None:
+            object.__setattr__(self, "labels", item_labels(self.labels))
 
     def __len__(self) -> int:
         return len(self.paths if self.embeddings is None else self.embeddings)
@@ -86,19 +88,6 @@ class Items:
         else:
             digests = in_threads(_file_digest, self.paths, "reading files")
         return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
-
-
-def check_class_names(names: Iterable[str]) -> None:
-    """Raise `OsmlError` naming the first that is empty, has blanks at its ends, or holds control characters or what is
-    no text (a folder's name that is not UTF-8)."""
-    for name in sorted(set(names)):
-        if not name or name != name.strip():
-            raise OsmlError(f"class name {name!r}: expected a name without blanks at its ends; rename the class")
-        if any(unicodedata.category(c) in _NO_TEXT for c in name):
-            raise OsmlError(f"class name {name!r}: expected UTF-8 text without control characters; rename the class")
-
-
-_NO_TEXT = ("Cc", "Cs", "Zl", "Zp")  # control characters, surrogates, separators of lines and paragraphs
 
 
 def _file_digest(path: Path) -> bytes:

@@ -15,6 +15,7 @@ import numpy as np
 
 from .. import UNKNOWN
 from ..errors import OsmlError, unknown_name
+from ..names import canonical, check_apart, is_unknown_label, shown
 from .items import ROLES, Items
 
 TRAIN, CALIBRATION, VALIDATION, TEST = range(4)  # in the order of ROLES and of the fields of Fractions
@@ -25,11 +26,16 @@ UNKNOWN_CLASS = str(UNKNOWN)  # the label of items of unknown classes
 @dataclass(frozen=True)
 class Split:
     """The classes that a model is given (known), those held out to choose it by (pseudo-unknown), and those
-    that only the test may show (unknown). Classes of the data that it does not name take no part."""
+    that only the test may show (unknown). Classes of the data that it does not name take no part. Names are kept in
+    their canonical form."""
 
     known: tuple[str, ...]
     pseudo_unknown: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for key, names in asdict(self).items():
+            object.__setattr__(self, key, tuple(canonical(str(name)) for name in names))
 
     @classmethod
     def load(cls, path: str | Path) -> Split:
@@ -66,9 +72,9 @@ class Split:
         if len(set(self.known)) < 2:
             raise OsmlError(f"a split needs at least 2 known classes, not {len(set(self.known))}")
         for key in ("known", "pseudo_unknown"):
-            if UNKNOWN_CLASS in getattr(self, key):
+            if label := next(filter(is_unknown_label, getattr(self, key)), None):
                 raise OsmlError(
-                    f"the split names class '{UNKNOWN_CLASS}' in '{key}', but that is the label of items of unknown "
+                    f"the split names class '{label}' in '{key}', but that is the label of items of unknown "
                     "classes; move it to 'unknown'"
                 )
         named = [(name, key) for key, names in asdict(self).items() for name in names]
@@ -76,7 +82,7 @@ class Split:
             if count > 1:
                 keys = [key for other, key in named if other == name]
                 where = f"twice in '{keys[0]}'" if len(set(keys)) == 1 else f"in '{keys[0]}' and in '{keys[1]}'"
-                raise OsmlError(f"the split names class '{name}' {where}; a class has one place")
+                raise OsmlError(f"the split names class {shown(name)} {where}; a class has one place")
         present = set(class_names)
         absent = [(name, key) for name, key in named if name not in present]
         if absent:
@@ -84,15 +90,20 @@ class Split:
             near = get_close_matches(name, sorted(present), n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"the data has {len(present)} classes"
             more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
-            raise OsmlError(f"class '{name}' in '{key}' of the split is not in the data{more}; {hint}")
+            raise OsmlError(f"class {shown(name)} in '{key}' of the split is not in the data{more}; {hint}")
 
 
 def draw_split(class_names: Iterable[str], *, n_known: int | None = None, seed: int = 0) -> Split:
     """A random split: `n_known` classes (half of them by default, at least 2) are known; of the others 40 %
     (at least 1 of 2 or more) are pseudo-unknown and the rest unknown. The label '-1' is not drawn: it is
     unknown. The order of `class_names` has no influence. Raises `OsmlError` if `n_known` is below 2 or above the
-    number of classes."""
+    number of classes, and for a class 'unknown'."""
     given = set(class_names)
+    if word := next(filter(is_unknown_label, sorted(given - {UNKNOWN_CLASS})), None):
+        raise OsmlError(
+            f"the data hold a class '{word}', but that is the label of what is unknown: rename it, to "
+            f"'{UNKNOWN_CLASS}' where its items are of unknown classes; or name the classes in a split"
+        )
     names = sorted(given - {UNKNOWN_CLASS})
     if n_known is None:
         n_known = max(2, round(0.5 * len(names)))
@@ -216,10 +227,7 @@ def _check_classes(
     """Raise `OsmlError` for a known class without training items, for one of a single item, and where nothing is left
     to calibrate with."""
     for name, indices in of_class.items():
-        if as_declared:
-            enough = CALIBRATION in role[indices]
-        else:
-            enough = len(np.unique(sets[indices])) > 1
+        enough = CALIBRATION in role[indices] if as_declared else len(np.unique(sets[indices])) > 1
         if not enough or TRAIN not in role[indices]:
             raise _too_few(items, sets, name, indices, as_declared)
     if not any((role[indices] == CALIBRATION).any() for indices in of_class.values()):
@@ -261,10 +269,11 @@ def test_indices(
     fingerprint is in `seen`, the uint64 fingerprints of what the model was trained, calibrated, validated or
     enrolled on: copies of these in a declared test set are left out too.
 
-    Raises `OsmlError` for items without labels or without any class of `split_known` (names spelled otherwise
-    would silently count as unknown).
+    Raises `OsmlError` for items without labels, without any class of `split_known`, or with a class that looks like
+    one of the split and is spelled otherwise (it would silently count as unknown).
     """
     classes = set(_labels(items))
+    check_apart(classes, {*split_known, *held_out})
     if not classes & set(split_known):
         raise OsmlError(
             f"none of the {len(split_known)} known classes, such as '{min(split_known, default='')}', is in the "

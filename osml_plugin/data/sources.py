@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from ..errors import OsmlError
+from ..names import item_labels
 from .folders import (
     IMAGE_SUFFIXES,
     UNREAD_PICTURES,
@@ -24,7 +25,7 @@ from .folders import (
     is_special,
     subfolders,
 )
-from .items import ROLES, Items, check_class_names
+from .items import ROLES, Items
 
 KINDS = (
     "a folder of class folders with images, a .csv or .parquet manifest (path,label[,role]), "
@@ -286,8 +287,7 @@ def write_embeddings(
     embeddings = _checked_embeddings(np.asarray(embeddings), "embeddings")
     columns: dict[str, list[str]] = {}
     if labels is not None:
-        columns["labels"] = _strings(np.asarray(labels), "labels")
-        check_class_names(columns["labels"])
+        columns["labels"] = list(item_labels(_strings(np.asarray(labels), "labels")))
     if paths is not None:
         folder = os.path.realpath(path.parent)
         columns["paths"] = [Path(os.path.relpath(os.path.abspath(p), folder)).as_posix() for p in paths]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, HTTPException, Path, Request
+from fastapi import APIRouter, Depends, HTTPException, Request
+from starlette.convertors import StringConvertor, register_url_convertor
 
-from ..schemas import Changed, Classes, ClassName, Examples, ExamplesOf, Into, ItemId, NewName
+from ..schemas import Changed, Classes, ClassName, CurrentName, Examples, ExamplesOf, Into, ItemId, NewName
 from ..service import fingerprint
 from ..store import Write
 from .common import (
@@ -29,8 +30,21 @@ from .recognition import either
 
 router = APIRouter(prefix="/v1/classes", tags=["classes"], dependencies=known_queries)
 
-Name = Annotated[str, Path(min_length=1, max_length=200)]
-"""Of a class that is there already; one with a '/' in it cannot be named in an address."""
+
+class _Name(StringConvertor):
+    """A name in an address: it may have slashes, which come as they are or as %2F."""
+
+    regex = "(?s:.+)"
+
+
+class _Id(StringConvertor):
+    """An id in an address, behind a name: 'birds/examples/robin' is a name alone."""
+
+    regex = "[0-9a-f]{32}"
+
+
+register_url_convertor("name", _Name())
+register_url_convertor("id", _Id())
 Enroller = Annotated[Write, Depends(writer_with("enroll"))]
 
 
@@ -50,12 +64,12 @@ def classes(service: Served):
 
 
 @router.get(
-    "/{name}/examples",
+    "/{name:name}/examples",
     response_model=ExamplesOf,
     responses=PROBLEMS | NOT_FOUND,
     dependencies=[Depends(actor_with("enroll"))],
 )
-def examples(service: Served, name: Name, limit: Limit = 100, after: After = None):
+def examples(service: Served, name: CurrentName, limit: Limit = 100, after: After = None):
     """The enrolled examples of a class."""
     rows, following = service.store.examples(name, limit, after)
     found = [{"id": e.id, "has_image": e.has_image, "created_at": e.created_at.isoformat()} for e in rows]
@@ -63,7 +77,7 @@ def examples(service: Served, name: Name, limit: Limit = 100, after: After = Non
 
 
 @router.post(
-    "/{name}/examples",
+    "/{name:name}/examples",
     status_code=201,
     response_model=Changed,
     responses=WRITE_PROBLEMS | BODY_PROBLEMS | NOT_FOUND,
@@ -90,25 +104,25 @@ async def enroll(
     return changed(snapshot, written, 201)
 
 
-@router.delete("/{name}/examples/{item}", response_model=Changed, responses=WRITE_PROBLEMS | NOT_FOUND)
-def remove_example(service: Served, name: Name, item: ItemId, by: Enroller):
+@router.delete("/{name:name}/examples/{item:id}", response_model=Changed, responses=WRITE_PROBLEMS | NOT_FOUND)
+def remove_example(service: Served, name: CurrentName, item: ItemId, by: Enroller):
     """Take one example out of a class."""
     return changed(*service.write(service.store.remove_example, by, name, item))
 
 
-@router.patch("/{name}", response_model=Changed, responses=WRITE_PROBLEMS | NOT_FOUND)
-def rename(service: Served, name: Name, new: NewName, by: Enroller):
+@router.patch("/{name:name}", response_model=Changed, responses=WRITE_PROBLEMS | NOT_FOUND)
+def rename(service: Served, name: CurrentName, new: NewName, by: Enroller):
     """Give a class another name."""
     return changed(*service.write(service.store.rename, by, name, new.name))
 
 
-@router.post("/{name}/merge", response_model=Changed, responses=WRITE_PROBLEMS | NOT_FOUND)
-def merge(service: Served, name: Name, into: Into, by: Enroller):
+@router.post("/{name:name}/merge", response_model=Changed, responses=WRITE_PROBLEMS | NOT_FOUND)
+def merge(service: Served, name: CurrentName, into: Into, by: Enroller):
     """Make a class part of another one."""
     return changed(*service.write(service.store.merge, by, name, into.into))
 
 
-@router.delete("/{name}", response_model=Changed, responses=WRITE_PROBLEMS | NOT_FOUND)
-def forget(service: Served, name: Name, by: Enroller):
+@router.delete("/{name:name}", response_model=Changed, responses=WRITE_PROBLEMS | NOT_FOUND)
+def forget(service: Served, name: CurrentName, by: Enroller):
     """Drop a class and all its examples; what belongs to it is unknown from now on."""
     return changed(*service.write(service.store.forget, by, name))

@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import Connection, delete, func, insert, select, update
 
 from osml_plugin.errors import OsmlError, unknown_name
+from osml_plugin.names import canonical, class_name, further_names
 
 from .errors import Conflict, NotThere, StaleModel
 from .ledger import Change, Ledger, batches, from_blob, new_id, now, read_state, to_blob
@@ -17,7 +18,11 @@ from .tables import embeddings, images, items, models, trained_classes
 
 class Gallery(Ledger):
     """Enrolment, renaming, forgetting. The current classes are those of the active bundle, under the names that they
-    were given since, and those that have examples."""
+    were given since, and those that have examples.
+
+    Names may come in any Unicode form, and are stored in the canonical one. A new class must have a name that a class
+    may have, and that looks like no other: `OsmlError`.
+    """
 
     def classes(self) -> dict[str, int]:
         """The current names, sorted, and how many examples each has (none: references of the bundle only)."""
@@ -29,6 +34,7 @@ class Gallery(Ledger):
 
     def examples(self, name: str, limit: int, after: str | None = None) -> tuple[list[Example], str | None]:
         """Examples of a class, the oldest first, from behind `after`; and what to give as `after` for more."""
+        name = canonical(name)
         with self._database.read() as connection:
             _require(_current_names(connection, read_state(connection).model), name)
             query = select(items.c.id, items.c.created_at, items.c.has_image).where(*_examples_of(name))
@@ -68,10 +74,10 @@ class Gallery(Ledger):
                 raise StaleModel(f"embedded by model '{model}', but '{this.state.model}' is active: embed again")
             if not new:
                 raise OsmlError("nothing to enroll: expected one example or more")
-            ids = [new_id() for _ in new]
-            columns = {"state": "example", "name": name, "version": this.next_version()}
+            ids, of = [new_id() for _ in new], _further(this, name)
+            columns = {"state": "example", "name": of, "version": this.next_version()}
             insert_items(this.connection, model, [(id, item, columns) for id, item in zip(ids, new, strict=True)])
-            return {"name": name, "n_examples": len(ids), "example_ids": ids}
+            return {"name": of, "n_examples": len(ids), "example_ids": ids}
 
         return self._write(by, "enroll", name, change)
 
@@ -95,18 +101,21 @@ class Gallery(Ledger):
 
     def rename(self, by: Write, old: str, new: str) -> Written:
         """Result: name, n_examples. Raises `NotThere`; `Conflict` where `new` is taken (`merge` joins classes)."""
+        old, new = canonical(old), class_name(new)
 
         def change(this: Change) -> dict:
             names = _current_names(this.connection, this.state.model)
             _require(names, old)
             if new in names:
                 raise Conflict(f"there is a class '{new}' already: choose another name, or merge '{old}' into it")
+            further_names([new], names - {old})
             return {"name": new, "n_examples": _give_name(this, old, new)}
 
         return self._write(by, "rename", old, change)
 
     def merge(self, by: Write, source: str, into: str) -> Written:
         """All of `source` becomes `into`. Result: name, n_examples (those moved). Raises `NotThere`, `Conflict`."""
+        source, into = canonical(source), canonical(into)
 
         def change(this: Change) -> dict:
             names = _current_names(this.connection, this.state.model)
@@ -124,6 +133,7 @@ class Gallery(Ledger):
 
         Raises `NotThere`, and `Conflict` where fewer than two classes would remain.
         """
+        name = canonical(name)
 
         def change(this: Change) -> dict:
             names = _current_names(this.connection, this.state.model)
@@ -135,6 +145,7 @@ class Gallery(Ledger):
 
     def remove_example(self, by: Write, name: str, id: str) -> Written:
         """Result: name, n_examples, example_ids. Raises `NotThere`, and `Conflict` as `forget` does."""
+        name = canonical(name)
 
         def change(this: Change) -> dict:
             one = [*_examples_of(name), items.c.id == id]
@@ -211,7 +222,7 @@ def without_embedding_for_ever(this: Change, ids: Sequence[str]) -> list[str]:
 
 
 def become_examples(this: Change, name: str, ids: Sequence[str]) -> dict:
-    version = this.next_version()
+    name, version = _further(this, name), this.next_version()
     for batch in batches(ids):
         chosen = update(items).where(items.c.id.in_(batch))
         this.connection.execute(chosen.values(state="example", name=name, version=version))
@@ -239,6 +250,10 @@ def recognized_names(connection: Connection, model: str | None) -> set[str]:
     by_model = select(embeddings.c.item_id).where(embeddings.c.model == model, embeddings.c.vector != b"")
     embedded = select(items.c.name).where(items.c.state == "example", items.c.id.in_(by_model)).distinct()
     return bundle_names(connection, model) | set(connection.scalars(embedded))
+
+
+def _further(this: Change, name: str) -> str:
+    return further_names([name], _current_names(this.connection, this.state.model))[0]
 
 
 def _require(names: set[str], name: str) -> None:

@@ -86,7 +86,7 @@ class Proposals(Ledger):
             result = become_examples(this, name, enrolled)
             new = select(items.c.id).where(items.c.version == this.state.gallery_version)
             this.connection.execute(delete(members).where(*inside, members.c.item_id.not_in(new)))
-            _decide(this.connection, job_id, number, state="accepted", name=name)
+            _decide(this.connection, job_id, number, state="accepted", name=result["name"])
             return result
 
         return self._write(by, "accept group", f"{job_id}/{number}", change)
