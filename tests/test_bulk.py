@@ -145,7 +145,7 @@ def test_embeddings_in_more_than_one_chunk(vectors, digit_vectors, tmp_path):
 def test_what_cannot_be_read_has_a_row(bundle, with_bad, tmp_path):
     out = tmp_path / "answers.csv"
     with pytest.raises(
-        OsmlError, match=r"cannot read '.*text\.png': no JPEG, .* or PPM image; remove it or pass --skip"
+        OsmlError, match=r"cannot read '.*text\.png': no JPEG, .* or AVIF image; remove it or pass --skip"
     ):
         recognize_dataset(bundle, with_bad, out, progress=False)
     assert os.listdir(tmp_path) == ["photos"]
@@ -180,7 +180,7 @@ def test_good_and_bad_in_any_order(bundle, images, chosen):
     inputs = [images[c].read_bytes() if isinstance(c, int) else c for c in chosen]
     table = pa.table({INPUT: pa.array(inputs, pa.binary()), "item": range(len(chosen))})
     form = recognizer.preprocessing
-    work = Work(RECOGNIZE, (form.channels, form.size, form.size), skip_bad=True)
+    work = Work(RECOGNIZE, (form.channels, form.size, form.size), skip_bad=True, rendering=form.rendering)
     rows = work.answer(recognizer, work.decode(table)).to_pandas()
     good = [isinstance(c, int) for c in chosen]
     assert rows["item"].tolist() == list(range(len(chosen)))

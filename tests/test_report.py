@@ -478,6 +478,8 @@ def test_tables_show_numbers_and_dashes(tmp_path):
 @pytest.mark.parametrize("shape", [(5, 9), (5, 9, 1), (5, 9, 3), (5, 9, 4), (200, 100, 3)])
 def test_thumbnails_of_arrays_and_pil_images(shape, tmp_path):
     pixels = np.full(shape, 7, dtype=np.uint8)
+    if shape[-1] == 4:
+        pixels[:, :, 3] = 255  # opaque
     image = Image.fromarray(pixels.squeeze())
     page = Page("t", "l")
     page.add_images("Images", [("both", [(pixels, "array"), (image, "PIL")])])

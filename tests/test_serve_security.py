@@ -32,7 +32,7 @@ from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient, WebSocketDenialResponse
 
 from osml_plugin import OsmlError
-from osml_plugin.data import images as decoding
+from osml_plugin.data import images as decoding_module
 from osml_plugin.data import read_image
 from osml_plugin.preprocessing import Preprocessing
 from osml_plugin.serve import body as body_module
@@ -817,7 +817,7 @@ def test_warnings_about_images_are_not_kept():
         with warnings.catch_warnings(record=True) as warned:
             warnings.resetwarnings()
             if imported_anew:  # what an import does is undone by pytest
-                spec = importlib.util.spec_from_file_location("osml_plugin.data.anew", decoding.__file__)
+                spec = importlib.util.spec_from_file_location("osml_plugin.data.again", decoding_module.__file__)
                 spec.loader.exec_module(importlib.util.module_from_spec(spec))
             for content in contents:
                 decode(content, RGB, Limits())

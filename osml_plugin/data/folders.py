@@ -55,7 +55,7 @@ class LeftOut:
             where = f"{left} of {there} files of {what} '{name}'"
         else:
             where = f"{self.kinds.total()} files in '{source}', most of them of {what} '{name}' ({left} of {there}),"
-        logger.warning("%s were left out: %s", where, in_words(self.kinds))
+        logger.warning("%s were left out: %s", where.removesuffix(","), in_words(self.kinds))
 
 
 def in_words(kinds: Counter[str]) -> str:
@@ -82,7 +82,7 @@ def subfolders(root: Path) -> list[Path]:
 
 def images_in(folder: Path, left_out: LeftOut | None = None) -> list[Path]:
     """The image files of one folder, by name; what is in its folders is not looked at."""
-    taken, kinds = _sort_out([entry.name for entry in os.scandir(folder) if not entry.is_dir()])
+    taken, kinds = _sort_out(str(folder), [entry.name for entry in os.scandir(folder) if not entry.is_dir()])
     if left_out is not None:
         left_out.add(folder.name, kinds, len(taken))
     return [folder / name for name in taken]
@@ -103,8 +103,8 @@ def walk(folder: str | Path, also: Collection[str] = ()) -> Iterator[tuple[str, 
     """Each folder below, with the names of the files to take, sorted, and the kinds of those that are left out.
 
     Links to folders are followed, after all that is not linked. A folder that several paths lead to is met once, and
-    links to what holds `folder` itself are not followed: no ring of links holds up the walk. also: more suffixes to
-    take. Raises OSError for a folder that cannot be listed.
+    links to what holds `folder`, or the link itself, are not followed: no ring of links holds up the walk. also: more
+    suffixes to take. Raises OSError for a folder that cannot be listed.
     """
     met, linked, root = set(), [os.fspath(folder)], os.path.realpath(folder)
     while linked:
@@ -115,27 +115,32 @@ def walk(folder: str | Path, also: Collection[str] = ()) -> Iterator[tuple[str, 
                 continue
             met.add((facts.st_dev, facts.st_ino))
             folders[:] = sorted(name for name in folders if not passed_over(name))
+            inside = root, os.path.realpath(where)
             paths = (os.path.join(where, name) for name in folders)
-            linked += [path for path in paths if os.path.islink(path) and not _holds(os.path.realpath(path), root)]
-            yield where, *_sort_out(files, also)
+            linked += [path for path in paths if os.path.islink(path) and not _holds(path, inside)]
+            yield where, *_sort_out(where, files, also)
 
 
-def _holds(folder: str, inner: str) -> bool:
-    return os.path.commonpath([folder, inner]) == folder
+def _holds(link: str, folders: Collection[str]) -> bool:
+    """True of a link to a folder that one of these is, or lies in."""
+    target = os.path.realpath(link)
+    return any(os.path.commonpath([target, folder]) == target for folder in folders)
 
 
 def _refuse(error: OSError) -> None:
     raise error
 
 
-def _sort_out(files: list[str], also: Collection[str] = ()) -> tuple[list[str], Counter[str]]:
+def _sort_out(where: str, files: list[str], also: Collection[str] = ()) -> tuple[list[str], Counter[str]]:
     taken, kinds = [], Counter()
     for name in sorted(name for name in files if not passed_over(name)):
         suffix = suffix_of(name)
-        if suffix in IMAGE_SUFFIXES or suffix in also:
-            taken.append(name)
-        else:
+        if suffix not in IMAGE_SUFFIXES and suffix not in also:
             kinds[os.path.splitext(name)[1] or "without a suffix"] += 1
+        elif is_special(os.path.join(where, name)):
+            kinds["pipe or device"] += 1
+        else:
+            taken.append(name)
     return taken, kinds
 
 

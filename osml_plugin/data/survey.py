@@ -225,10 +225,8 @@ def tell_shared_files(items: Items) -> None:
         pairs = [(same[0], next(i for i in same if labels[i] != labels[same[0]])) for same in shared[:NAMED]]
         name = (lambda i: f"row {i}") if items.paths is None else (lambda i: f"'{items.paths[i]}'")
         named = "; ".join(f"{name(a)} ({labels[a]}) and {name(b)} ({labels[b]})" for a, b in pairs)
-        logger.warning(
-            "%d items lie in more than one class, such as %s: each counts for all of them; keep one",
-            *(len(shared), named),
-        )
+        what = "1 item lies" if len(shared) == 1 else f"{len(shared)} items lie"
+        logger.warning("%s in more than one class, such as %s: keep each in one", what, named)
 
 
 def _named(paths: Sequence[Path]) -> str:
