@@ -165,7 +165,7 @@ def test_the_radius_of_a_new_class_is_that_of_the_narrowest():
 @settings(max_examples=50)
 @given(st.integers(0, 200), st.integers(1, 4), st.floats(0, 0.3))
 def test_new_items_are_taken_one_by_one(seed, times, radius):
-    items, labels, _ = copied(*drawn(1, 8, width=3, seed=seed), times, 1e-2, seed)
+    items, _, _ = copied(*drawn(1, 8, width=3, seed=seed), times, 1e-2, seed)
     embeddings = torch.from_numpy(items[np.random.default_rng(seed).permutation(len(items))])
     references, rest = embeddings[:5], embeddings[5:]
     taken = []

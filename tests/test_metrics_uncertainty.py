@@ -212,3 +212,43 @@ def test_what_is_given_in_the_wrong_shape_is_told_the_right_one():
         delong_interval(scores)
     with pytest.raises(OsmlError, match="pair"):
         bootstrap_test(scores, scores, labels)
+
+
+# --- groups ----------------------------------------------------------------------------------------------
+
+
+@FEW
+@given(SEEDS, LEVELS)
+def test_groups_of_one_change_nothing(seed, levels):
+    first, second, labels, predictions = items_of(seed, levels=levels)
+    apart = [f"g{i}" for i in range(len(labels))]
+    grouped, plain = delong_test(first, second, labels, groups=apart), delong_test(first, second, labels)
+    assert vars(grouped.difference) == pytest.approx(vars(plain.difference)) and grouped.p_value == pytest.approx(
+        plain.p_value
+    )
+    interval = bootstrap_intervals(first, labels, predictions, draws=200, groups=np.arange(len(labels)))
+    assert interval == bootstrap_intervals(first, labels, predictions, draws=200)
+
+
+@FEW
+@given(SEEDS, st.integers(2, 5))
+def test_copies_do_not_make_an_interval_narrower(seed, times):
+    first, second, labels, predictions = items_of(seed)
+    copied = [np.repeat(values, times) for values in (first, second, labels, predictions)]
+    groups = np.repeat(np.arange(len(labels)), times)
+    once, often = delong_test(first, second, labels), delong_test(*copied[:3], groups=groups)
+    assert often.difference.standard_error == pytest.approx(once.difference.standard_error)
+    assert often.p_value == pytest.approx(once.p_value)
+    figures = {"metrics": ["auroc", "oscr"], "draws": 50}
+    wide = bootstrap_intervals(copied[0], copied[2], copied[3], groups=groups, **figures)
+    for name, of in bootstrap_intervals(first, labels, predictions, **figures).items():
+        assert vars(wide[name]) == pytest.approx(vars(of))
+
+
+def test_groups_that_are_none_are_refused():
+    first, second, labels, predictions = items_of(0)
+    for groups, said in (([1], "1 groups for 40 items"), ([None] * 40, "none missing"), (np.full(40, 0.5), "integers")):
+        with pytest.raises(OsmlError, match=said):
+            delong_test(first, second, labels, groups=groups)
+        with pytest.raises(OsmlError, match=said):
+            bootstrap_intervals(first, labels, predictions, groups=groups)

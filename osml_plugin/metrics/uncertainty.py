@@ -17,7 +17,7 @@ from tqdm import tqdm
 from .. import UNKNOWN
 from ..errors import OsmlError, unknown_name
 from ..registry import checked_count, checked_number
-from .checks import Values, check_labels, check_predictions, check_scores
+from .checks import Values, check_labels, check_predictions, check_scores, check_vector
 from .functional import RANK_METRICS, Ranking, auroc, rank
 
 
@@ -70,13 +70,17 @@ def delong_interval(ranking: Ranking, level: float = 0.95) -> Interval:
     return Interval(estimate, max(0.0, estimate - z * error), min(1.0, estimate + z * error), error)
 
 
-def delong_test(first: Values, second: Values, labels: Values, level: float = 0.95) -> Comparison:
+def delong_test(
+    first: Values, second: Values, labels: Values, level: float = 0.95, *, groups: Values | None = None
+) -> Comparison:
     """Whether two detectors' AUROCs differ on the same items (DeLong et al. 1988, eq. 5). O(N log N).
 
     Args:
         first, second: `(N,)` the unknown scores of the two detectors.
         labels: `(N,)` int, the true known class or `UNKNOWN`.
         level: of the interval of the difference.
+        groups: `(N,)` integers or strings: items of one group, such as near-copies, count once in the variance
+            (Obuchowski 1997, "Nonparametric analysis of clustered ROC curve data"); None = all are apart.
 
     Raises:
         OsmlError: as `functional.rank`; fewer than two items of a kind; `level` not inside (0, 1).
@@ -93,11 +97,27 @@ def delong_test(first: Values, second: Values, labels: Values, level: float = 0.
         of_unknown.append(placed[0][row[unknown]])
         of_known.append(placed[1][row[~unknown]])
     # The difference of two means over the same items is the mean of the items' differences.
-    error = sqrt(sum(np.var(a - b, ddof=1) / a.size for a, b in (of_unknown, of_known)))
+    numbers = np.arange(len(labels)) if groups is None else _check_groups(groups, len(labels))
+    error = sqrt(_clustered_variance(numbers, (unknown, ~unknown), (of_unknown, of_known)))
     estimates = [auroc(ranking) for ranking in rankings]
     difference = estimates[0] - estimates[1]
     p_value = float(2 * norm.sf(abs(difference) / error)) if error else float(difference == 0)
     return Comparison(*estimates, Interval(difference, difference - z * error, difference + z * error, error), p_value)
+
+
+def _clustered_variance(
+    groups: np.ndarray, kinds: Sequence[np.ndarray], placements: Sequence[Sequence[np.ndarray]]
+) -> float:
+    """Variance of the sum of two means, over the unknown and over the known items, of differences that are independent
+    between groups: that of each group's deviation, and G / (G − 1) of each kind for the mean that was estimated."""
+    numbers = np.unique(groups, return_inverse=True)[1]
+    total = np.zeros(numbers.max() + 1)
+    for kind, (a, b) in zip(kinds, placements, strict=True):
+        difference = (a - b) - (a - b).mean()
+        n_groups = len(np.unique(numbers[kind]))
+        scale = sqrt(n_groups / (n_groups - 1)) / len(a) if n_groups > 1 else nan
+        total += scale * np.bincount(numbers[kind], difference, len(total))
+    return float(total @ total)
 
 
 def bootstrap_intervals(
@@ -109,6 +129,7 @@ def bootstrap_intervals(
     draws: int = 1000,
     level: float = 0.95,
     seed: int = 0,
+    groups: Values | None = None,
 ) -> dict[str, Interval]:
     """Percentile intervals (Efron 1979) of rank metrics, the known and the unknown items drawn apart.
 
@@ -120,13 +141,16 @@ def bootstrap_intervals(
         draws: how often the items are drawn.
         level: of the intervals.
         seed: the same seed gives the same draws.
+        groups: `(N,)` integers or strings: items of one group, such as near-copies (`copies.copy_sets`), are drawn
+            together (cluster bootstrap: Field & Welsh 2007), so that each group weighs once in how sure the metric
+            is; None = every item is a group of its own.
 
     Raises:
         OsmlError: as `open_set_metrics`; items of one kind only; an unknown metric; arguments out of range.
     """
     _check_names(metrics)
     _quantile(level)
-    items = [_Items(scores, labels, predictions)]
+    items = [_Items(scores, labels, predictions, groups)]
     drawn = np.array([[RANK_METRICS[name](r) for name in metrics] for (r,) in _draws(items, draws, seed)])
     estimates = [RANK_METRICS[name](items[0].ranking) for name in metrics]
     return {
@@ -144,6 +168,7 @@ def bootstrap_test(
     draws: int = 1000,
     level: float = 0.95,
     seed: int = 0,
+    groups: Values | None = None,
 ) -> Comparison:
     """Whether two detectors differ in a rank metric, on the same draws of the same items.
 
@@ -151,7 +176,7 @@ def bootstrap_test(
         first, second: the `(scores, predictions)` of the two detectors, `(N,)` each.
         labels: `(N,)` int, the true known class or `UNKNOWN`.
         metric: a name in `functional.RANK_METRICS`.
-        draws, level, seed: as for `bootstrap_intervals`.
+        draws, level, seed, groups: as for `bootstrap_intervals`.
 
     The p-value is twice the smaller share of draws, (b + 1) / (draws + 1), on which the difference is not above, or
     not below 0 (Davison & Hinkley 1997, §4.2): it is never below 2 / (draws + 1).
@@ -163,7 +188,7 @@ def bootstrap_test(
     _quantile(level)
     if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in (first, second)):
         raise OsmlError("bootstrap_test takes the pair (scores, predictions) of each detector")
-    items = [_Items(scores, labels, predictions) for scores, predictions in (first, second)]
+    items = [_Items(scores, labels, predictions, groups) for scores, predictions in (first, second)]
     figure = RANK_METRICS[metric]
     drawn = np.array([figure(one) - figure(other) for one, other in _draws(items, draws, seed)])
     estimates = [figure(each.ranking) for each in items]
@@ -175,7 +200,7 @@ def bootstrap_test(
 class _Items:
     """A ranking, and the row in it of each known and of each unknown item, in the order of the labels."""
 
-    def __init__(self, scores: Values, labels: Values, predictions: Values):
+    def __init__(self, scores: Values, labels: Values, predictions: Values, groups: Values | None = None):
         self.ranking = rank(scores, labels, predictions)
         if not self.ranking.has_both:
             counts = f"{self.ranking.n_known} known and {self.ranking.n_unknown} unknown"
@@ -185,6 +210,8 @@ class _Items:
         known = labels != UNKNOWN
         self.unknown = rows[~known]
         self.known = 2 * rows[known] + (labels == predictions)[known]  # odd where correct
+        groups = None if groups is None else _check_groups(groups, len(scores))
+        self.members = None if groups is None else tuple(_members(groups[kind]) for kind in (known, ~known))
 
     def drawn(self, known: np.ndarray, unknown: np.ndarray) -> Ranking:
         """The ranking of the items drawn, by their place among the known and among the unknown."""
@@ -199,10 +226,28 @@ class _Items:
 
 def _draws(items: Sequence[_Items], draws: int, seed: int) -> Iterator[list[Ranking]]:
     rng = np.random.default_rng(seed)
-    n_known, n_unknown = items[0].known.size, items[0].unknown.size
+    sizes, members = (items[0].known.size, items[0].unknown.size), items[0].members
     for _ in tqdm(range(checked_count("draws", draws)), desc="bootstrap", unit="draw", delay=1):
-        known, unknown = rng.integers(n_known, size=n_known), rng.integers(n_unknown, size=n_unknown)
-        yield [each.drawn(known, unknown) for each in items]
+        if members is None:
+            places = [rng.integers(n, size=n) for n in sizes]
+        else:
+            places = [np.concatenate([of[g] for g in rng.integers(len(of), size=len(of))]) for of in members]
+        yield [each.drawn(*places) for each in items]
+
+
+def _members(groups: np.ndarray) -> list[np.ndarray]:
+    """Places of the members of each group."""
+    numbers = np.unique(groups, return_inverse=True)[1]
+    return np.split(np.argsort(numbers, kind="stable"), np.cumsum(np.bincount(numbers))[:-1])
+
+
+def _check_groups(groups: Values, n_items: int) -> np.ndarray:
+    groups = check_vector(groups, "groups")
+    if len(groups) != n_items:
+        raise OsmlError(f"{len(groups)} groups for {n_items} items: give one for each item")
+    if groups.dtype.kind not in "iuUO" or any(group != group or group is None for group in groups.tolist()):
+        raise OsmlError(f"groups must be integers or strings, none missing; got {groups.dtype}")
+    return groups
 
 
 def _placements(ranking: Ranking) -> tuple[np.ndarray, np.ndarray]:
