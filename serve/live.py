@@ -21,7 +21,7 @@ from torch import Tensor
 from osml_plugin import UNKNOWN, OpenSetRecognizer
 from osml_plugin.errors import OsmlError
 from osml_plugin.gallery import Gallery
-from osml_plugin.recognizer import LabelledEmbeddings
+from osml_plugin.known_items import LabelledEmbeddings
 
 from .settings import ServeConfig
 from .shelf import Shelf
@@ -129,7 +129,7 @@ class Live:
         recognizer = _apart(base)
         recognizer.calibration = _renamed(base.calibration, changes.trained)
         recognizer.validation = _renamed(base.validation, changes.trained)
-        gallery, merged = assembled(base.gallery, changes.trained, _by_class(examples))
+        gallery, merged = assembled(base.gallery, changes.trained, _by_class(examples), base.copy_radius)
         recognizer.gallery = replace(gallery, version=state.gallery_version)
         if base.class_weights is not None:
             recognizer.class_weights, recognizer.proxy_ids = joined(base.class_weights, base.proxy_ids, merged)
@@ -151,10 +151,10 @@ class Live:
 
 
 def assembled(
-    gallery: Gallery, trained: Mapping[str, str | None], enrolled: Mapping[str, Tensor]
+    gallery: Gallery, trained: Mapping[str, str | None], enrolled: Mapping[str, Tensor], copy_radius: float
 ) -> tuple[Gallery, dict[int, list[int]]]:
-    """A bundle's gallery with its classes renamed, merged or forgotten, and examples `(M, D)` of classes on top; and
-    for each class of the bundle that is left, the ids of those that it was made of."""
+    """A bundle's gallery with its classes renamed, merged or forgotten, and examples `(M, D)` of classes on top, where
+    near-copies add nothing; and for each class of the bundle that is left, the ids of those that it was made of."""
     names = {old: trained.get(name, name) for old, name in gallery.classes.items()}
     # A class that others were merged into keeps its own id.
     ids = {name: old for old, name in names.items() if name is not None and name == gallery.classes[old]}
@@ -169,7 +169,7 @@ def assembled(
     if classes != dict(gallery.classes) or not torch.equal(labels, gallery.labels):
         kept = labels >= 0
         gallery = replace(gallery, classes=classes, labels=labels).keep(kept)
-    return gallery.add_all(enrolled), merged
+    return gallery.add_all(enrolled, copy_radius), merged
 
 
 def joined(weights: Tensor, proxy_ids: Sequence[int], merged: Mapping[int, list[int]]) -> tuple[Tensor, list[int]]:
