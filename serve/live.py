@@ -21,7 +21,7 @@ from torch import Tensor
 from osml_plugin import UNKNOWN, OpenSetRecognizer
 from osml_plugin.errors import OsmlError
 from osml_plugin.gallery import Gallery
-from osml_plugin.recognizer import LabelledEmbeddings
+from osml_plugin.known_items import LabelledEmbeddings
 
 from .settings import ServeConfig
 from .shelf import Shelf
@@ -151,11 +151,10 @@ class Live:
 
 
 def assembled(
-    gallery: Gallery, trained: Mapping[str, str | None], enrolled: Mapping[str, Tensor], copy_radius: float = 0.0
+    gallery: Gallery, trained: Mapping[str, str | None], enrolled: Mapping[str, Tensor], copy_radius: float
 ) -> tuple[Gallery, dict[int, list[int]]]:
-    """A bundle's gallery with its classes renamed, merged or forgotten, and examples `(M, D)` of classes on top, near
-    copies among them once (`Gallery.add_all`); and for each class of the bundle that is left, the ids of those that it
-    was made of."""
+    """A bundle's gallery with its classes renamed, merged or forgotten, and examples `(M, D)` of classes on top, where
+    near-copies add nothing; and for each class of the bundle that is left, the ids of those that it was made of."""
     names = {old: trained.get(name, name) for old, name in gallery.classes.items()}
     # A class that others were merged into keeps its own id.
     ids = {name: old for old, name in names.items() if name is not None and name == gallery.classes[old]}

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from osml_plugin import OpenSetRecognizer, OsmlError
 from osml_plugin.gallery import Gallery
-from osml_plugin.recognizer import LabelledEmbeddings
+from osml_plugin.known_items import LabelledEmbeddings
 from osml_plugin.serve.live import Live
 from osml_plugin.serve.service import change_model
 from osml_plugin.serve.shelf import Shelf
@@ -95,7 +95,10 @@ class Naive:
             rows.append((self.trained[base.gallery.classes[label]], embedding, False))
         for id in sorted(self.examples):
             if (id, self.model) in self.embedded:
-                rows.append((self.examples[id], torch.from_numpy(self.embedded[id, self.model].copy()), True))
+                name, embedding = self.examples[id], torch.from_numpy(self.embedded[id, self.model].copy())
+                near = [torch.dist(embedding, other) for of, other, _ in rows if of == name]
+                if not near or min(near) > max(base.copy_radius, 1e-6):  # a near-copy adds nothing
+                    rows.append((name, embedding, True))
         rows = [row for row in rows if row[0] is not None]
         ids = {name: i for i, name in enumerate(dict.fromkeys(name for name, _, _ in rows))}
         made = OpenSetRecognizer(base.detector.name, base.threshold.name, alpha=base.alpha)
