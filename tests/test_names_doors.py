@@ -3,6 +3,7 @@
 import json
 import unicodedata
 from copy import deepcopy
+from functools import cache
 
 import numpy as np
 import pytest
@@ -77,15 +78,16 @@ def doors(tmp_path):
         write_embeddings(tmp_path / "w.npz", rows.numpy(), [name, name])
         return open_items(tmp_path / "w.npz").class_names()
 
+    @cache
+    def store():
+        opened = Store(f"sqlite:///{tmp_path}/store.db")
+        opened.ask_model(ANN, MODEL, "m", ["cat", "dog"])
+        return opened
+
     def stored(name):
-        store = Store(f"sqlite:///{tmp_path}/store.db")
-        try:
-            store.ask_model(ANN, MODEL, "m", ["cat", "dog"])
-            found = store.enroll(ANN, name, [NewItem(rows[0].numpy())], MODEL)
-            assert found.result["name"] in store.classes()
-            return [*store.forget(ANN, name).result.values()]
-        finally:
-            store.close()
+        found = store().enroll(ANN, name, [NewItem(rows[0].numpy())], MODEL)
+        assert found.result["name"] in store().classes()
+        return [store().forget(ANN, name).result["name"]]
 
     return [fit, add, learn, groups, items, file, written, stored]
 
@@ -364,14 +366,14 @@ def test_all_names_of_a_model_can_be_listed_renamed_merged_and_forgotten(endpoin
     assert endpoint._http.delete("/v1/classes/a/b").status_code == 404
 
 
-@pytest.mark.parametrize("name", REFUSED.values(), ids=REFUSED)
-def test_a_name_that_is_refused_is_refused_over_http(endpoint, name):
-    before = names_of(endpoint)
+@pytest.mark.parametrize("kind", sorted(REFUSED.keys() - {"half a character"}))  # which cannot be sent
+def test_a_name_that_is_refused_is_refused_over_http(endpoint, kind):
+    name, before = REFUSED[kind], names_of(endpoint)
     for call in (
         lambda: endpoint.enroll(name, embeddings=np.eye(20)[:1]),
         lambda: endpoint.rename(ODD[-1], name),
     ):
-        with pytest.raises((OsmlError, UnicodeEncodeError)) as error:  # half a character is none that can be sent
+        with pytest.raises(OsmlError) as error:
             call()
         assert len(str(error.value).splitlines()) == 1
     assert names_of(endpoint) == before
