@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -11,7 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .errors import OsmlError
+from .pml_batches import BatchReader
 
+READER = BatchReader()
 OUTPUTS = ("embedder", "trunk")
 
 
@@ -33,9 +37,10 @@ class EmbeddingModel(nn.Module):
         return self.embed_features(self.trunk(batch))
 
     def embed_features(self, features: Tensor) -> Tensor:
-        """Embeddings of the trunk's features `(N, F)`, in single precision whatever the trunk runs in."""
+        """Embeddings of the trunk's features `(N, F)`, in the embedder's precision whatever the trunk runs in."""
+        precision = next((p.dtype for p in self.embedder.parameters()), torch.float32)
         with torch.autocast(features.device.type, enabled=False):
-            embeddings = features.float() if self.output == "trunk" else self.embedder(features.float())
+            embeddings = features.float() if self.output == "trunk" else self.embedder(features.to(precision))
         return normalize(embeddings) if self.unit_norm else embeddings
 
 
@@ -47,14 +52,20 @@ def embed_dataset(
     workers: int = 0,
     device: torch.device | str | None = None,
     progress: str | None = None,
-) -> tuple[Tensor, Tensor | None]:
+    read: BatchReader = READER,
+    dtype: torch.dtype | None = None,
+    collate_fn: Callable | None = None,
+) -> tuple[Tensor, Tensor | np.ndarray | None]:
     """Embeddings `(N, D)` float32 and labels `(N,)`, on the CPU, in the dataset's order.
 
-    `dataset[i]` is `(input, label)`, or an input alone; the labels are then None.
+    `dataset[i]` is `(input, label)`, or an input alone; the labels are then None. `read` takes batches of another make
+    apart, and gives labels as it says.
     The model is put in eval mode for it and given back as it was. `progress` names the bar (None = no bar).
+    `dtype` is that of the model's inputs (None = as they come), `collate_fn` the loader's.
     """
     device = torch.device(device) if device is not None else default_device()
-    loader = DataLoader(dataset, batch_size, num_workers=workers, pin_memory=device.type == "cuda")
+    pinned = device.type == "cuda"
+    loader = DataLoader(dataset, batch_size, num_workers=workers, pin_memory=pinned, collate_fn=collate_fn)
     training = model.training
     model.to(device).eval()
     parts, labels = [], []
@@ -63,15 +74,20 @@ def embed_dataset(
     try:
         with torch.inference_mode(), autocast(device):
             for batch in tqdm(loader, desc=progress, disable=progress is None, delay=1, leave=False):
-                if isinstance(batch, list | tuple):
-                    inputs, batch_labels = batch
-                    labels.append(torch.as_tensor(batch_labels))
-                else:
-                    inputs = batch
-                parts.append(model(inputs.to(device, non_blocking=True)).float().cpu())
+                inputs, batch_labels = read(batch)
+                if isinstance(inputs, Tensor):  # else the model takes them as they are: texts, dictionaries
+                    inputs = inputs.to(device, dtype, non_blocking=True)
+                if batch_labels is not None:
+                    labels.append(batch_labels)
+                parts.append(model(inputs).float().cpu())
     finally:
         model.train(training)
-    return torch.cat(parts).clone(), torch.cat(labels) if labels else None
+    return torch.cat(parts).clone(), joined(labels) if labels else None
+
+
+def joined(labels: Sequence[Tensor | np.ndarray]) -> Tensor | np.ndarray:
+    """The labels of all batches in one."""
+    return torch.cat(list(labels)) if isinstance(labels[0], Tensor) else np.concatenate(labels)
 
 
 def loading_workers(n_items: int) -> int:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from math import isnan
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from pytorch_metric_learning.trainers import BaseTrainer
+from pytorch_metric_learning.utils.common_functions import return_input
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from . import UNKNOWN, detectors
 from .embedding import EmbeddingModel, embed_dataset
 from .errors import OsmlError, unknown_name
 from .metrics import OpenSetMetrics, open_set_metrics
+from .pml_batches import BatchReader, KnownClasses, Level, numbered
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +40,8 @@ class OpenSetHook:
         metric: what `patience` watches: auroc, aupr_unknown, aupr_known, oscr or closed_set_accuracy.
         patience: epochs without a better value after which training stops; `restore_best` then gives back the
             weights of the best epoch. None = never.
+        data_and_label_getter, label_hierarchy_level, collate_fn: how batches of these datasets are read, as a trainer
+            takes them. None: as the trainer reads its own.
     """
 
     def __init__(
@@ -48,6 +55,9 @@ class OpenSetHook:
         unit_norm: bool = True,
         batch_size: int = 256,
         workers: int = 0,
+        data_and_label_getter: Callable[[Any], tuple[Any, Any]] | None = None,
+        label_hierarchy_level: Level = None,
+        collate_fn: Callable | None = None,
     ):
         if metric not in HIGHER_IS_BETTER:
             raise unknown_name("metric to watch", metric, HIGHER_IS_BETTER)
@@ -55,6 +65,8 @@ class OpenSetHook:
         self.detector = detectors.create(detector)
         self.metric, self.patience = metric, patience
         self.unit_norm, self.batch_size, self.workers = unit_norm, batch_size, workers
+        self.reader = BatchReader(data_and_label_getter, label_hierarchy_level)
+        self.collate_fn = collate_fn
         self.history: list[dict[str, Any]] = []
         self.best_epoch: int | None = None
         self._best_state: dict[str, torch.Tensor] | None = None
@@ -62,7 +74,7 @@ class OpenSetHook:
     def __call__(self, trainer) -> bool:
         """Called by the trainer; False tells it to stop."""
         model = EmbeddingModel(trainer.models["trunk"], trainer.models["embedder"], self.unit_norm).eval()
-        metrics = self.evaluate(model, trainer.data_device)
+        metrics = self.evaluate(model, trainer.data_device, trainer)
         value = getattr(metrics, self.metric)
         if isnan(value):
             raise OsmlError(
@@ -78,15 +90,43 @@ class OpenSetHook:
                 self._best_state = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
         return self.patience is None or len(self.history) - 1 - self.best_epoch < self.patience
 
-    def evaluate(self, model: nn.Module, device: torch.device | str | None = None) -> OpenSetMetrics:
-        """The metrics of a model as it is now."""
-        loading = {"batch_size": self.batch_size, "workers": self.workers, "device": device}
-        embeddings, labels = embed_dataset(model, self.reference, **loading)
-        queries, query_labels = embed_dataset(model, self.validation, **loading)
-        known = labels != UNKNOWN
-        classes, scores = self.detector.fit(embeddings[known], labels[known]).predict(queries)
-        query_labels[~torch.isin(query_labels, labels[known])] = UNKNOWN
-        return open_set_metrics(scores, query_labels, classes)
+    def evaluate(
+        self, model: nn.Module, device: torch.device | str | None = None, trainer: BaseTrainer | None = None
+    ) -> OpenSetMetrics:
+        """The metrics of a model as it is now; `trainer` is one that says how batches are read where the hook does not.
+
+        Raises:
+            OsmlError: for batches that cannot be read so, and labels that are missing or NaN.
+        """
+        embeddings, labels = self._embed(model, self.reference, device, trainer)
+        queries, query_labels = self._embed(model, self.validation, device, trainer)
+        labels, query_labels = numbered(labels, query_labels)
+        classes, of_reference = KnownClasses.of(labels)
+        known = of_reference != UNKNOWN
+        predicted, scores = self.detector.fit(embeddings[known], of_reference[known]).predict(queries)
+        return open_set_metrics(scores, classes.truth(query_labels, predicted), predicted)
+
+    def _embed(
+        self, model: nn.Module, dataset: Dataset, device: torch.device | str | None, trainer: BaseTrainer | None
+    ) -> tuple[Tensor, Tensor | np.ndarray]:
+        def of_trainer(setting: str, own: Any = None) -> Any:
+            return getattr(trainer, setting, None) if own is None else own
+
+        getter = of_trainer("data_and_label_getter", self.reader.getter)
+        level = of_trainer("label_hierarchy_level", self.reader.level)
+        embeddings, labels = embed_dataset(
+            model,
+            dataset,
+            batch_size=self.batch_size,
+            workers=self.workers,
+            device=device,
+            read=BatchReader(None if getter is return_input else getter, level),
+            dtype=of_trainer("dtype"),
+            collate_fn=of_trainer("collate_fn", self.collate_fn),
+        )
+        if labels is None:
+            raise OsmlError("the datasets of OpenSetHook must give (input, label); this one gives inputs alone")
+        return embeddings, labels
 
     def restore_best(self, model: EmbeddingModel) -> None:
         """Load the weights of the best epoch, where `patience` had them kept."""

@@ -131,6 +131,14 @@ def has_class_weights(name: str, args: Mapping[str, Any]) -> bool:
     return "num_classes" in arguments("loss", name) and name not in _WITHOUT_PROXIES
 
 
+def compares_items(loss: nn.Module) -> bool:
+    """Whether all that a loss learns from is the comparison of items of one batch: no part of it has weights for each
+    class, or remembers earlier batches."""
+    parts = {type(part).__name__ for part in loss.modules()} & _CLASSES["loss"].keys()
+    alone = {"CrossBatchMemory", *(n for n in names("loss") if "num_classes" in arguments("loss", n))}
+    return not parts & (alone - {"MarginLoss"})  # whose weights are margins between items
+
+
 def class_weights(loss: nn.Module) -> Tensor | None:
     """The proxies of a classification loss as `(C, P, D)`: `max_p embedding · weight` is a unit embedding's logit.
 

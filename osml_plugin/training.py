@@ -18,6 +18,7 @@ from . import optimizers, pml, trunks
 from .config import Config
 from .embedding import EmbeddingModel, autocast, default_device
 from .errors import OsmlError
+from .learning import FirstEpoch, check_memories
 from .losses.rotation import RotationTask
 from .registry import checked_count, refusing
 
@@ -110,7 +111,7 @@ def train_model(
 
     Raises:
         OsmlError: for a device that cannot be used, a part that refuses its arguments or these data, nothing that
-            could learn, and for a loss that is no longer finite.
+            could learn, a first epoch that taught nothing, and for a loss that is no longer finite.
     """
     trainer = make_trainer(model, dataset, labels, config, n_epochs=n_epochs, workers=workers, device=device)
     trainer.end_of_epoch_hook = end_of_epoch_hook or trainer.end_of_epoch_hook
@@ -159,6 +160,7 @@ def make_trainer(
             batch_size=batch_size,
             epoch_length=max(len(dataset), batch_size),
         )
+    check_memories(loss, batch_size)
     tasks, weights = {"metric_loss": loss}, {"metric_loss": 1.0}
     if config.training.rotation:
         tasks["rotation_loss"] = rotation_task(model, dataset[0][0], config)
@@ -221,6 +223,7 @@ class Trainer(MetricLossOnly):
     cosine = True
     seed = 0
     n_epochs = 0
+    _watch: FirstEpoch | None = None
     epoch_note = ""
     """What an end-of-epoch hook wants to be seen beside the loss."""
 
@@ -259,8 +262,11 @@ class Trainer(MetricLossOnly):
                     break
 
     def run_epoch(self, on_batch: Callable[[], Any] = lambda: None) -> float:
-        """Train the next epoch; returns its mean loss. OsmlError where that is no longer finite."""
+        """Train the next epoch; returns its mean loss. OsmlError where that is no longer finite, and where the first
+        epoch taught nothing."""
         self.epoch += 1
+        # One that goes on from a state has learned: a loss that reaches 0 later has done its work.
+        self._watch = self._first_epoch() if self.epoch == 1 else None
         seed_everything(int(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0]))
         self.dataloader.generator.manual_seed(torch.initial_seed())
         if self.sampler is not None:
@@ -282,8 +288,21 @@ class Trainer(MetricLossOnly):
             raise OsmlError(
                 f"the loss is {self.epoch_loss} in epoch {self.epoch}: lower optimizer.lr, or the loss's scale"
             )
+        if self._watch is not None:
+            self._watch.check(self.epoch_loss)
         self.zero_losses()
         return self.epoch_loss
+
+    def _first_epoch(self) -> FirstEpoch:
+        loss = self.loss_funcs["metric_loss"]
+        return FirstEpoch([self.models["embedder"], self.models["trunk"], loss], loss, self.batch_size)
+
+    def step_optimizers(self) -> None:
+        if self._watch is None:
+            return super().step_optimizers()
+        self._watch.before_step()
+        super().step_optimizers()
+        self._watch.after_step()
 
     def _forget_graph(self) -> None:
         """A histogram that PML keeps from batch to batch must not keep the batch's graph."""
@@ -342,6 +361,8 @@ class Trainer(MetricLossOnly):
         with refusing(f"{' with '.join(parts)} refuses a batch", "look at its arguments, or choose another"):
             mined = self.maybe_mine_embeddings(embeddings, labels)
             self.losses["metric_loss"] = self.maybe_get_metric_loss(embeddings, labels, mined)
+        if self._watch is not None:
+            self._watch.see_batch(labels, self.mining_funcs.get("tuple_miner"), mined)
 
     def compute_embeddings(self, data: torch.Tensor) -> torch.Tensor:
         with autocast(self.data_device):
