@@ -134,15 +134,15 @@ def discover(
     progress = _rising(progress or (lambda done: None))
 
     def counted(groups: np.ndarray, pool: Pool) -> int:
-        return int(new_groups(groups, pool, in_gallery).max()) + 1
+        return max(int(new_groups(groups, pool, in_gallery).max()), LEFT_OUT) + 1
 
     if n_classes is not None:
         found = as_told(way, pool, in_gallery, seed, progress, counted, int(n_classes))
     elif granularity is not None:
         wanted = checked_number("granularity", granularity)
-        found = as_chosen(by_hand(way, pool, seed, progress, counted, wanted), pool, in_gallery)
+        found = as_chosen(by_hand(way, pool, seed, progress, counted, wanted), pool, in_gallery, seed)
     else:
-        found = as_chosen(by_evidence(way, pool, seed, progress, counted), pool, in_gallery)
+        found = as_chosen(by_evidence(way, pool, seed, progress, counted), pool, in_gallery, seed)
 
     labels = by_size(found.labels)
     n_found = int(labels.max()) + 1

@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 from scipy.sparse import csr_matrix
 
+from .apart import joined_by_class
 from .constraints import Constraints, contract
 from .graph import BLOCK, neighbor_graph
 from .representation import whitened
@@ -59,10 +60,20 @@ class Pool:
         links = Constraints.of(None, None, len(kept))
         return Pool(self.nodes[used], node[: len(kept)], node[len(kept) :], self.classes, links)
 
-    @cached_property
+    @property
     def graph(self) -> csr_matrix:
-        """`(M, M)` weights of links to nearest neighbours; made once, for every method and every granularity."""
-        return neighbor_graph(self.nodes)
+        """`(M, M)` weights of links to nearest neighbors, but for links that no class has (see `apart.py`)."""
+        return self._linked[0]
+
+    @property
+    def apart(self) -> np.ndarray:
+        """`(M,)` bool: the nodes of unknown items that lie apart from all known ones."""
+        return self._linked[1]
+
+    @cached_property
+    def _linked(self) -> tuple[csr_matrix, np.ndarray]:
+        """Made once, for every method and every granularity."""
+        return joined_by_class(self.nodes, neighbor_graph(self.nodes), self.of_known, self.classes)
 
     @cached_property
     def joined(self) -> tuple[csr_matrix, np.ndarray]:
