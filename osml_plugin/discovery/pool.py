@@ -8,8 +8,10 @@ from functools import cached_property
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from .apart import joined_by_class
+from ..copies import copy_radius, representatives, sets_within
+
 from .constraints import Constraints, contract
+from .distances import Distances, joined_by_class, tight_sets
 from .graph import BLOCK, neighbor_graph
 from .representation import whitened
 
@@ -41,8 +43,19 @@ class Pool:
         of_items = first < len(items)
         nodes[of_items] = items[first[of_items]]
         nodes[~of_items] = known[first[~of_items] - len(items)]
+        nodes.round(SAME, out=nodes)
+        nodes, of_node = without_copies(nodes, node[len(items) :], classes)
+        node = of_node[node]
         of_item, of_known = node[: len(items)], node[len(items) :]
-        nodes = whitened(nodes.round(SAME, out=nodes), nodes[of_known], classes)
+        nodes = whitened(nodes, nodes[of_known], classes)
+        if len(known):
+            sets = tight_sets(nodes, Distances.of(nodes, of_known, classes))
+            first = representatives(sets)
+            if len(first) < len(nodes):
+                rank = np.argsort(np.argsort(first))
+                order = sets[first]
+                number = np.empty(len(first), dtype=np.int64); number[order] = np.arange(len(first))
+                nodes, of_item, of_known = nodes[first], number[sets[of_item]], number[sets[of_known]]
         return Pool(nodes, of_item, of_known, classes, links or Constraints.of(None, None, len(items)))
 
     def only(self, kept: np.ndarray) -> Pool:
@@ -73,7 +86,12 @@ class Pool:
     @cached_property
     def _linked(self) -> tuple[csr_matrix, np.ndarray]:
         """Made once, for every method and every granularity."""
-        return joined_by_class(self.nodes, neighbor_graph(self.nodes), self.of_known, self.classes)
+        return joined_by_class(
+            neighbor_graph(self.nodes),
+            self.nodes,
+            self.of_known,
+            Distances.of(self.nodes, self.of_known, self.classes),
+        )
 
     @cached_property
     def joined(self) -> tuple[csr_matrix, np.ndarray]:
@@ -82,6 +100,22 @@ class Pool:
         if not len(self.links.must_link) + len(self.links.cannot_link):
             return self.graph, np.arange(len(self.nodes))
         return contract(self.graph, self.of_item, self.links)
+
+
+def without_copies(nodes: np.ndarray, of_known: np.ndarray, classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One node of each set of near-copies `(S, D)`, and for each node `(M,)` its set.
+
+    Known items say how near is too near for two items (`copy_radius`); without them it is rounding.
+    """
+    of_node = np.arange(len(nodes))
+    radius = copy_radius(nodes[of_known], classes) if len(of_known) else 0.0
+    while len(nodes) > 1:
+        sets = sets_within(nodes, radius)
+        first = representatives(sets)
+        if len(first) == len(nodes):
+            break
+        nodes, of_node = nodes[first], sets[of_node]
+    return nodes, of_node
 
 
 def _keys(rows: np.ndarray) -> np.ndarray:
