@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 from scipy.sparse import csr_matrix
+from scipy.sparse.csgraph import connected_components
 
 from .granularity import alone
-from .graph import communities
+from .graph import communities, own_share
 from .pool import Pool
 
 AT_HOME = 3
@@ -54,7 +55,8 @@ def new_groups(groups: np.ndarray, pool: Pool, in_gallery: np.ndarray) -> np.nda
 
 def with_company(new: np.ndarray, pool: Pool, seed: int) -> np.ndarray:
     """The groups `(N,)` of `new_groups`, in which items that lie apart from known ones and are in none have the company
-    of one another: communities of `FEWEST` of them or more are groups, others are −2."""
+    of one another: communities of `FEWEST` of them or more are groups, if most of their links stay inside, since a
+    twentieth of known items lies apart, too, and is linked to the others; smaller ones are −2."""
     loose = pool.apart.copy()
     loose[pool.of_item[new >= 0]] = False
     loose = np.flatnonzero(loose)
@@ -62,9 +64,24 @@ def with_company(new: np.ndarray, pool: Pool, seed: int) -> np.ndarray:
         return new
     found = communities(pool.graph[loose][:, loose], 1.0, seed)
     large = np.bincount(found) >= FEWEST
+    of_all = np.arange(len(pool.nodes)) + len(large)
+    of_all[loose] = found
+    own = np.bincount(found, own_share(pool.graph, of_all)[loose]) / np.bincount(found)
+    new_class = large & (own >= MOST)
+    number = np.where(new_class, max(new.max(), LEFT_OUT) + np.cumsum(new_class), np.where(large, LEFT_OUT, TOO_FEW))
     of_node = np.full(len(pool.nodes), LEFT_OUT)
-    of_node[loose] = np.where(large, new.max(initial=-1).clip(-1) + np.cumsum(large), TOO_FEW)[found]
+    of_node[loose] = number[found]
     return np.where(of_node[pool.of_item] != LEFT_OUT, of_node[pool.of_item], new)
+
+
+def lacking(too_few: np.ndarray, pool: Pool) -> int:
+    """How many more different items the largest set of those `(N,)` bool that are too few, and linked, would take to be
+    a group; 0 where there are none."""
+    nodes = np.unique(pool.of_item[too_few])
+    if not len(nodes):
+        return 0
+    linked = np.bincount(connected_components(pool.graph[nodes][:, nodes], directed=False)[1])
+    return max(FEWEST - int(linked.max()), 1)
 
 
 def all_known(new: np.ndarray, pool: Pool, in_gallery: np.ndarray) -> np.ndarray:

@@ -20,6 +20,8 @@ RANKS = 48
 """Nearest items among which the edge of a set of near-copies is looked for; a larger set is seen as several."""
 CHANCE = 1e-3
 """The expected number of such edges in a whole pool of independent items."""
+NORMAL = 0.05
+"""The share of known items in such sets above which they are no sign of copies."""
 NARROWER = 0.9
 """How wide a set of near-copies may be, in widths of the narrowest known class."""
 
@@ -67,24 +69,27 @@ def lengths_of(links: csr_matrix, nodes: np.ndarray) -> np.ndarray:
     return length
 
 
-def tight_sets(nodes: np.ndarray, distances: Distances) -> np.ndarray:
+def tight_sets(nodes: np.ndarray, of_known: np.ndarray, distances: Distances) -> np.ndarray:
     """The number `(M,)`, from 0, of the set of near-copies that each node is in; most are alone in theirs.
 
     The distances r₁ ≤ r₂ ≤ … of an item to its neighbors grow without gaps: of independent items in m dimensions
     j·m·log(r_{j+1} / r_j) is standard exponential (Rényi 1953, "On the theory of order statistics"). So a wide gap is
     the edge of a set: a small class, or near-copies of an item. These are narrower than any class that is known, and
     behind the gap, no farther than the items of a class are, are others of their class. A narrow class that stands
-    alone has no others there: it stays as it is.
+    alone has no others there: it stays as it is. Where known items `(K,)` lie in such sets too, these are how classes are
+    here, and nothing is taken for copies.
     """
     n_nodes, k = len(nodes), min(RANKS + 1, len(nodes))
     alone = np.arange(n_nodes)
     if k < 4 or not distances.width:
         return alone
     near = nearest(nodes, k)[:, 1:]
-    length = np.concatenate([
-        np.linalg.norm(nodes[near[i : i + BLOCK // 8]] - nodes[i : i + BLOCK // 8, None], axis=2)
-        for i in range(0, n_nodes, BLOCK // 8)
-    ])
+    length = np.concatenate(
+        [
+            np.linalg.norm(nodes[near[i : i + BLOCK // 8]] - nodes[i : i + BLOCK // 8, None], axis=2)
+            for i in range(0, n_nodes, BLOCK // 8)
+        ]
+    )
     length = np.maximum.accumulate(np.maximum(length, 1e-12), axis=1)
     rank = np.arange(1, k - 1)
     gap = np.log(length[:, 1:] / length[:, :-1])
@@ -96,7 +101,9 @@ def tight_sets(nodes: np.ndarray, distances: Distances) -> np.ndarray:
     reach = np.where(edge.any(axis=1), length[alone, last], 0.0)
     own = length <= np.minimum(reach[:, None], reach[near])
     links = csr_matrix((np.ones(own.sum()), (alone.repeat(own.sum(axis=1)), near[own])), shape=(n_nodes, n_nodes))
-    return connected_components(links, directed=False)[1]
+    sets = connected_components(links, directed=False)[1]
+    copied = np.bincount(sets)[sets] > 1
+    return alone if copied[of_known].mean() > NORMAL else sets
 
 
 def joined_by_class(

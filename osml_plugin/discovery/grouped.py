@@ -45,10 +45,9 @@ def as_chosen(choice: Choice, pool: Pool, in_gallery: np.ndarray, seed: int) -> 
     groups = alone(choice.groups)
     confidence = _confidence(pool, groups, _moved(groups[pool.of_item], new, labels))
     too_few &= labels == LEFT_OUT
+    confidence[too_few] = 0
     others = [other[pool.of_item] for other in choice.neighbours]
-    return Grouped(
-        labels, too_few, choice.groups, confidence, others, choice.counts, choice.granularity, choice.source
-    )
+    return Grouped(labels, too_few, choice.groups, confidence, others, choice.counts, choice.granularity, choice.source)
 
 
 def as_told(
@@ -88,7 +87,16 @@ def as_told(
     confidence[kept] = _confidence(inside, choice.groups, mine)
     if not kept.all():
         confidence[~kept] = own_share(pool.graph, groups)[pool.of_item[~kept]]
-    return Grouped(labels, np.zeros(n_items, dtype=bool), groups, confidence, [other], choice.counts, choice.granularity, choice.source)
+    return Grouped(
+        labels,
+        np.zeros(n_items, dtype=bool),
+        groups,
+        confidence,
+        [other],
+        choice.counts,
+        choice.granularity,
+        choice.source,
+    )
 
 
 def exactly(pool: Pool, groups: np.ndarray, number: int) -> np.ndarray:
