@@ -100,6 +100,8 @@ def discover(
     print(f"{summary['n_recognised']} recognised as known, {len(summary['left_out'])} left out")
     if summary["note"]:
         print(f"nothing is proposed: {summary['note']}")
+    elif summary["too_few"]:
+        print(f"too few to group: {len(summary['too_few'])} items; {summary['lacking']} more of one class would do")
     if summary["groups"]:
         print(f"{'group':>5} {'items':>7} {'confidence':>10}  exemplars")
     for group, exemplars in zip(summary["groups"], result.groups.exemplars, strict=True):

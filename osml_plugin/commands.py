@@ -176,6 +176,8 @@ class DiscoverResult:
             "groups": groups,
             "left_out": [names[i] for i in left_out],
             "left_out_known_class": [None if c is None else str(c) for c in found.known_class[left_out]],
+            "too_few": [names[i] for i in np.flatnonzero(found.too_few)],
+            "lacking": found.lacking,
             "note": found.note,
             "changes": self.update.sentences() if self.follows else [],
             "metrics": self.metrics.to_dict() if self.metrics else None,

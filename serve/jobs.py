@@ -94,7 +94,14 @@ class Jobs:
     def _discover(self, job: Job, lease: Lease) -> None:
         snapshot = self._service.live.snapshot
         ids, embeddings = self._store.unknown_embeddings(snapshot.model, GROUPED)
-        result = {"n_items": len(ids), "n_classes": 0, "n_classes_interval": [0, 0], "left_out": 0}
+        result = {
+            "n_items": len(ids),
+            "n_classes": 0,
+            "n_classes_interval": [0, 0],
+            "left_out": 0,
+            "too_few": 0,
+            "note": "",
+        }
         groups: list[Group] = []
         if len(ids):
             wanted = job.args["n_classes"]
@@ -112,6 +119,8 @@ class Jobs:
                 "n_classes": found.n_classes,
                 "n_classes_interval": list(found.n_classes_interval),
                 "left_out": int((found.labels < 0).sum()),
+                "too_few": int(found.too_few.sum()),
+                "note": found.note,
             }
             for number in range(found.n_classes):
                 inside = np.flatnonzero(found.labels == number)

@@ -192,6 +192,10 @@ class DiscoveryOut(_Answer):
     n_classes: int | None
     n_classes_interval: tuple[int, int] | None
     left_out: int | None
+    too_few: int | None = Field(
+        default=None, description="Items left out though they lie apart from known classes, since there are too few."
+    )
+    note: str = Field(default="", description="Why nothing is proposed, or empty.")
     changes: list[str] = Field(
         description="What became of the groups of the discovery before, by their ids.",
         examples=[["3 was split into 3 and 17", "5 was merged into 2", "18 is new"]],

@@ -12,7 +12,7 @@ from sklearn.metrics import adjusted_rand_score, jaccard_score
 
 from osml_plugin import OsmlError
 from osml_plugin.discovery import Constraints, Discovery, confirmed, discover
-from osml_plugin.discovery.at_home import AT_HOME, among_known, new_groups
+from osml_plugin.discovery.at_home import AT_HOME, FEWEST, among_known, new_groups
 from osml_plugin.discovery.granularity import bcubed, behind_the_best, merge, persistence, split, stability
 from osml_plugin.discovery.graph import N_NEIGHBORS, ONE_WAY, communities, neighbor_graph, own_share
 from osml_plugin.discovery.methods import create
@@ -155,9 +155,10 @@ def test_a_pool_that_is_all_known_proposes_nothing_and_says_so():
         found = discover(items[pool], items[~pool], names[~pool])
         check(found, pool.sum())
         assert found.n_classes == 0 and found.exemplars == ()
-        assert found.note == "all items lie among known classes"
+        assert "lie among known classes" in found.note
         assert (found.labels == -1).all()
-        assert (found.known_class == names[pool]).mean() > 0.95
+        assert found.too_few.mean() <= 0.05  # as many known items lie apart
+        assert (found.known_class == names[pool])[~found.too_few].mean() > 0.95
 
 
 def test_a_class_that_is_not_in_the_gallery_is_found_where_it_is_frequent():
@@ -511,14 +512,14 @@ def test_new_groups_against_a_slow_twin(rows):
         np.zeros(len(known), dtype=np.int64),
         Constraints.of(None, None, 0),
     )
-    new = []
+    new, few = [], []
     for g in range(len(used)):
         u, k, c = (np.sum(groups[at] == g) for at in (unknown, known, np.flatnonzero(kind == "gallery")))
         n_u, n_k = np.sum(groups[unknown] >= 0), np.sum(groups[known] >= 0)
         rare = k > 1 and k / n_k > AT_HOME * u / n_u if n_u else True
         if u > 0 and c < AT_HOME * u and not rare:
-            new.append(g)
-    expected = [new.index(g) if g in new else -1 for g in groups[unknown]]
+            (new if u + k >= FEWEST or not len(known) else few).append(g)
+    expected = [new.index(g) if g in new else -2 if g in few else -1 for g in groups[unknown]]
     np.testing.assert_array_equal(new_groups(groups, pool, kind[known] == "gallery"), expected)
 
 

@@ -386,6 +386,8 @@ def test_groups_against_classes_counts_pairs(plain):
         granularity_source="default",
         group_confidence=np.ones(3),
         known_class=np.full(len(found), None),
+        too_few=np.zeros(len(found), dtype=bool),
+        lacking=0,
         note="",
         pool=None,
     )

@@ -12,10 +12,10 @@ from numpy.typing import ArrayLike
 
 from ..registry import checked_number
 from .arguments import check_wishes, checked_seed, known_items, unit_rows
-from .at_home import LEFT_OUT, known_class, new_groups
+from .at_home import LEFT_OUT, known_class, lacking, new_groups
 from .constraints import Constraints
 from .granularity import by_evidence, by_hand, persistence
-from .grouped import as_chosen, as_told
+from .grouped import Grouped, as_chosen, as_told
 from .methods import create
 from .pool import Pool
 from .tree import Tree
@@ -23,6 +23,7 @@ from .tree import Tree
 N_EXEMPLARS = 9
 ALL_KNOWN = "all items lie among known classes"
 ALL_NOISE = "the method takes all items for noise"
+TOO_FEW = "too few to group"
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,14 @@ class Discovery:
     """Proposed classes of N unknown items."""
 
     labels: np.ndarray
-    """`(N,)` int64: 0 … n_classes−1, the largest class first; -1: left out, since it lies among known items, or since
-    the method took it for noise."""
+    """`(N,)` int64: 0 … n_classes−1, the largest class first; -1: left out, since it lies among known items, since there
+    are too few of its kind (`too_few`), or since the method took it for noise."""
     n_classes: int
     """0: nothing is proposed; `note` says why."""
     confidence: np.ndarray
     """`(N,)` float64 in [0, 1]: the share of the item's links to its nearest neighbours, weighted by how many
     neighbours both share, that stay in its group; for an item left out, in the group of known items where it lies. Of
-    noise it is 0."""
+    noise, and of what is too few to group, it is 0."""
     exemplars: tuple[np.ndarray, ...]
     """For each class the indices of up to 9 different items, those nearest to the mean of its different items first."""
     n_classes_interval: tuple[int, int]
@@ -54,6 +55,11 @@ class Discovery:
     grouping (mean best Jaccard index); with `n_classes`, in the grouping from another seed."""
     known_class: np.ndarray
     """`(N,)` objects: the known class, as given in `known_labels`, where an item left out lies; None for all others."""
+    too_few: np.ndarray
+    """`(N,)` bool: left out though it lies apart from known items, since fewer than five different ones like it are
+    there; near-copies count once."""
+    lacking: int
+    """How many more different items would make a group of those that are too few; 0 where there are none."""
     note: str
     """Why nothing is proposed, or empty."""
     pool: Pool = field(repr=False)
@@ -92,7 +98,12 @@ def discover(
     A group is left out, as one of wrongly rejected known items, if it has three times as many items of the gallery as
     unknown ones, or at least two of the known items and a share of all of them three times that of all unknown ones. If
     the unknown items have, in the median, at least half as many links to the gallery as they would have if they were of
-    its classes, all are.
+    its classes, all are, but for groups most items of which lie apart from known ones.
+
+    An item lies apart if it is farther from the nearest known item than 95 % of these are from one another
+    (`distances.py`). It is never taken for known: it is in a group, or, where fewer than five different ones are
+    together, too few to group. Near-copies are one item: those nearer to one another than items of the known classes
+    are by chance, and sets that a gap parts from others of their class.
 
     With `n_classes` the items that lie among known ones are found in the same way and left out, unless fewer than
     `n_classes` are left. Of the others the coarsest resolution with at least so many groups is taken, and the groups
@@ -134,20 +145,21 @@ def discover(
     progress = _rising(progress or (lambda done: None))
 
     def counted(groups: np.ndarray, pool: Pool) -> int:
-        return int(new_groups(groups, pool, in_gallery).max()) + 1
+        return max(int(new_groups(groups, pool, in_gallery).max()), LEFT_OUT) + 1
 
     if n_classes is not None:
         found = as_told(way, pool, in_gallery, seed, progress, counted, int(n_classes))
     elif granularity is not None:
         wanted = checked_number("granularity", granularity)
-        found = as_chosen(by_hand(way, pool, seed, progress, counted, wanted), pool, in_gallery)
+        found = as_chosen(by_hand(way, pool, seed, progress, counted, wanted), pool, in_gallery, seed)
     else:
-        found = as_chosen(by_evidence(way, pool, seed, progress, counted), pool, in_gallery)
+        found = as_chosen(by_evidence(way, pool, seed, progress, counted), pool, in_gallery, seed)
 
     labels = by_size(found.labels)
     n_found = int(labels.max()) + 1
     of_group = np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels + 1)))[1:-1]
     low, high = min(found.counts[0], n_found), max(found.counts[1], n_found)  # links may change it
+    missing = lacking(found.too_few, pool)
     progress(1.0)
     return Discovery(
         labels=labels,
@@ -158,10 +170,21 @@ def discover(
         granularity=found.granularity,
         granularity_source=found.source,
         group_confidence=persistence(labels, found.others),
-        known_class=known_class(pool, found.groups, labels, names),
+        known_class=np.where(found.too_few, None, known_class(pool, found.groups, labels, names)),
         pool=pool,
-        note="" if n_found else ALL_KNOWN if (found.groups[pool.of_item] >= 0).any() else ALL_NOISE,
+        too_few=found.too_few,
+        lacking=missing,
+        note="" if n_found else _note(found, pool, missing),
     )
+
+
+def _note(found: Grouped, pool: Pool, missing: int) -> str:
+    """Why nothing is proposed."""
+    if not found.too_few.any():
+        return ALL_KNOWN if (found.groups[pool.of_item] >= 0).any() else ALL_NOISE
+    more = f"{TOO_FEW}: {missing} more different {'item' if missing == 1 else 'items'} of one class would do"
+    n_few, n_items = np.count_nonzero(found.too_few), len(found.too_few)
+    return more if n_few == n_items else f"{n_items - n_few} items lie among known classes; {n_few} are {more}"
 
 
 def _rising(progress: Callable[[float], None]) -> Callable[[float], None]:

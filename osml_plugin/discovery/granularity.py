@@ -115,8 +115,9 @@ def climbed(way: Method, pool: Pool, seed: int, progress: Callable[[float], None
     Where the known items do not tell, it is the finest stable rung, and all stable ones are plausible.
     """
     granularities, ladder, scores = [], [], []
+    linked = np.diff(pool.graph.indptr) > 0
     for granularity, groups in _rungs(way, pool, seed, progress):
-        if ladder and groups.max() + 1 > len(pool.nodes) / 2:
+        if ladder and len(np.unique(groups[linked])) > np.count_nonzero(linked) / 2:
             break  # a class of one item is none; that each is alone would be very stable
         granularities.append(granularity)
         ladder.append(groups)

@@ -126,8 +126,8 @@ def contracted(graph: csr_matrix) -> np.ndarray:
 
 
 def _louvain(graph: csr_matrix, resolution: float, **options: int | bool) -> np.ndarray:
-    if graph.nnz == 0:  # a single node
-        return np.zeros(graph.shape[0], dtype=np.int64)
+    if graph.nnz == 0:
+        return np.arange(graph.shape[0])
     # Newman's modularity is the default one where weights are symmetric.
     louvain = Louvain(resolution, modularity="newman", return_probs=False, return_aggregate=False, **options)
     return louvain.fit_predict(graph).astype(np.int64)

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from ..errors import OsmlError
-from .at_home import AMONG, LEFT_OUT, among_known, new_groups
+from .at_home import LEFT_OUT, TOO_FEW, all_known, new_groups, with_company
 from .constraints import enforce
 from .granularity import Choice, Counted, alone, by_number, climbed, merge, split
 from .graph import own_share
@@ -23,6 +23,8 @@ class Grouped:
 
     labels: np.ndarray
     """`(N,)` int64 from 0; −1: left out."""
+    too_few: np.ndarray
+    """`(N,)` bool: left out since there are too few of a kind, not since known ones lie there."""
     groups: np.ndarray
     """`(M,)` the groups of all nodes that say which items lie among known ones; −1: of none."""
     confidence: np.ndarray
@@ -35,16 +37,17 @@ class Grouped:
     source: str
 
 
-def as_chosen(choice: Choice, pool: Pool, in_gallery: np.ndarray) -> Grouped:
+def as_chosen(choice: Choice, pool: Pool, in_gallery: np.ndarray, seed: int) -> Grouped:
     """The groups of a choice without those where known items lie, each link of a person kept."""
-    new = new_groups(choice.groups, pool, in_gallery)
+    new = with_company(all_known(new_groups(choice.groups, pool, in_gallery), pool, in_gallery), pool, seed)
+    too_few, new = new == TOO_FEW, new.clip(LEFT_OUT)
     labels = enforce(pool.graph, pool.of_item, new, pool.links)
     groups = alone(choice.groups)
     confidence = _confidence(pool, groups, _moved(groups[pool.of_item], new, labels))
-    if among_known(pool, in_gallery) >= AMONG:
-        labels[:] = LEFT_OUT
+    too_few &= labels == LEFT_OUT
+    confidence[too_few] = 0
     others = [other[pool.of_item] for other in choice.neighbours]
-    return Grouped(labels, choice.groups, confidence, others, choice.counts, choice.granularity, choice.source)
+    return Grouped(labels, too_few, choice.groups, confidence, others, choice.counts, choice.granularity, choice.source)
 
 
 def as_told(
@@ -70,7 +73,9 @@ def as_told(
         start = 0.5
         ladder = climbed(way, pool, seed, lambda done: progress(start * done), counted)
         groups = alone(ladder.groups[ladder.chosen])
-        new = enforce(pool.graph, pool.of_item, new_groups(groups, pool, in_gallery), pool.links) >= 0
+        new = new_groups(groups, pool, in_gallery)
+        few = with_company(new, pool, seed) == TOO_FEW  # of a class that is said to be there
+        new = (enforce(pool.graph, pool.of_item, new.clip(LEFT_OUT), pool.links) >= 0) | few
         if len(np.unique(pool.links.blocks[new])) >= number:
             kept = new
     inside = pool.only(kept)
@@ -82,7 +87,16 @@ def as_told(
     confidence[kept] = _confidence(inside, choice.groups, mine)
     if not kept.all():
         confidence[~kept] = own_share(pool.graph, groups)[pool.of_item[~kept]]
-    return Grouped(labels, groups, confidence, [other], choice.counts, choice.granularity, choice.source)
+    return Grouped(
+        labels,
+        np.zeros(n_items, dtype=bool),
+        groups,
+        confidence,
+        [other],
+        choice.counts,
+        choice.granularity,
+        choice.source,
+    )
 
 
 def exactly(pool: Pool, groups: np.ndarray, number: int) -> np.ndarray:

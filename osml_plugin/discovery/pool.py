@@ -8,18 +8,20 @@ from functools import cached_property
 import numpy as np
 from scipy.sparse import csr_matrix
 
+from ..copies import copy_radius, sets_within
 from .constraints import Constraints, contract
+from .distances import Distances, joined_by_class, tight_sets
 from .graph import BLOCK, neighbor_graph
 from .representation import whitened
 
 SAME = 5
-"""Decimals of a unit vector to which two embeddings are taken for copies of one item."""
+"""Decimals of a unit vector to which two embeddings are taken for the same, before distances are asked."""
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Unknown items and known ones together. Copies are one node, or else a photograph stored twenty times would be a
-    class; nodes are sorted, so that the order of the items does not matter."""
+    """Unknown items and known ones together. Copies and near-copies are one node, or else a photograph stored twenty
+    times would be a class; nodes are sorted, so that the order of the items does not matter."""
 
     nodes: np.ndarray
     """`(M, D)` float32, unit vectors, whitened (see `representation.py`); no two are of copies."""
@@ -40,8 +42,15 @@ class Pool:
         of_items = first < len(items)
         nodes[of_items] = items[first[of_items]]
         nodes[~of_items] = known[first[~of_items] - len(items)]
+        nodes.round(SAME, out=nodes)
+        nodes, of_node = without_copies(nodes, node[len(items) :], classes)
+        node = of_node[node]
+        # Before whitening: where known classes are one or two, these lie around the origin then, and look wide.
+        of_known = node[len(items) :]
+        nodes, of_node = one_of_each(nodes, tight_sets(nodes, of_known, Distances.of(nodes, of_known, classes)))
+        node = of_node[node]
         of_item, of_known = node[: len(items)], node[len(items) :]
-        nodes = whitened(nodes.round(SAME, out=nodes), nodes[of_known], classes)
+        nodes = whitened(nodes, nodes[of_known], classes)
         return Pool(nodes, of_item, of_known, classes, links or Constraints.of(None, None, len(items)))
 
     def only(self, kept: np.ndarray) -> Pool:
@@ -59,10 +68,25 @@ class Pool:
         links = Constraints.of(None, None, len(kept))
         return Pool(self.nodes[used], node[: len(kept)], node[len(kept) :], self.classes, links)
 
-    @cached_property
+    @property
     def graph(self) -> csr_matrix:
-        """`(M, M)` weights of links to nearest neighbours; made once, for every method and every granularity."""
-        return neighbor_graph(self.nodes)
+        """`(M, M)` weights of links to nearest neighbors, but for links that no class has (see `apart.py`)."""
+        return self._linked[0]
+
+    @property
+    def apart(self) -> np.ndarray:
+        """`(M,)` bool: the nodes of unknown items that lie apart from all known ones."""
+        return self._linked[1]
+
+    @cached_property
+    def _linked(self) -> tuple[csr_matrix, np.ndarray]:
+        """Made once, for every method and every granularity."""
+        return joined_by_class(
+            neighbor_graph(self.nodes),
+            self.nodes,
+            self.of_known,
+            Distances.of(self.nodes, self.of_known, self.classes),
+        )
 
     @cached_property
     def joined(self) -> tuple[csr_matrix, np.ndarray]:
@@ -71,6 +95,28 @@ class Pool:
         if not len(self.links.must_link) + len(self.links.cannot_link):
             return self.graph, np.arange(len(self.nodes))
         return contract(self.graph, self.of_item, self.links)
+
+
+def without_copies(nodes: np.ndarray, of_known: np.ndarray, classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One node of each set of near-copies `(S, D)`, and for each of the nodes `(M, D)` its place among these `(M,)`.
+
+    Known items `(K,)` of two classes or more say how near is too near (`copy_radius`); without them it is rounding.
+    """
+    place = np.arange(len(nodes))
+    several = len(np.unique(classes)) > 1  # one alone may be of several kinds, and wide
+    radius = copy_radius(nodes[of_known], classes) if several else 0.0
+    while True:  # a large set may hang together only when its parts are one
+        fewer, of_node = one_of_each(nodes, sets_within(nodes, radius))
+        if len(fewer) == len(nodes):
+            return nodes, place
+        nodes, place = fewer, of_node[place]
+
+
+def one_of_each(nodes: np.ndarray, sets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first node of each set `(S, D)`, in their order, and for each of the nodes `(M, D)` its place among these
+    `(M,)`."""
+    _, first, number = np.unique(sets, return_index=True, return_inverse=True)
+    return nodes[np.sort(first)], np.argsort(np.argsort(first))[number]
 
 
 def _keys(rows: np.ndarray) -> np.ndarray:

@@ -179,6 +179,9 @@ def summary(result: DiscoverResult) -> str:
         text = f"No new class is proposed: {found.note}."
     if n_left_out:
         text += f" {n_left_out:,} of the {n:,} items were left out."
+    if found.n_classes and found.too_few.any():
+        n_few = np.count_nonzero(found.too_few)
+        text += f" {n_few:,} of these are too few to group: {found.lacking} more of one class would do."
     if found.n_classes:
         text += f" How fine a class is comes from: {found.granularity_source}."
     if result.n_recognised:
@@ -271,13 +274,16 @@ def _left_out(page: Page, result: DiscoverResult) -> None:
     classes = Counter(found.known_class[members]).most_common()
     note = (
         "They lie among items of a class that is there already: a known one, and they were probably rejected wrongly, "
-        "or one that was held out of training to choose by (pseudo-unknown)."
+        "or one that was held out of training to choose by (pseudo-unknown). "
+        "Items in no class lie apart from all of them."
     )
     if len(classes) > SHOWN_CLASSES:
         note += f" The {SHOWN_CLASSES} most frequent of {len(classes)} classes are shown."
     rows, cards = [], []
     for known, n in classes[:SHOWN_CLASSES]:
-        where = "in no class: noise" if known is None else f"among items of {known}"
+        where = f"among items of {known}"
+        if known is None:
+            where = "in no class: noise, or too few to group"
         of = [i for i in members if found.known_class[i] == known]
         surest = sorted(of, key=lambda i: -found.confidence[i])[:EXEMPLARS]
         rows.append((where, n, ", ".join(result.short_names[i] for i in surest[:NAMED])))
@@ -302,7 +308,11 @@ def _figures(page: Page, result: DiscoverResult) -> None:
         ("granularity", found.granularity, "How fine the grouping is, in the method's terms; higher is finer."),
         ("from", found.granularity_source, "What the granularity comes from."),
         ("items grouped", len(result.items), "Those that were rejected, or all where that was asked for."),
-        ("left out", len(result.members(LEFT_OUT)), "Of these, items among known ones, or taken for noise."),
+        (
+            "left out",
+            len(result.members(LEFT_OUT)),
+            "Of these, items among known ones, too few to group, or taken for noise.",
+        ),
         ("recognised", result.n_recognised, "Items taken for known ones; they were not grouped."),
     ]
     page.add_table("How it was grouped", ("figure", "value", "in plain words"), rows)

@@ -97,6 +97,8 @@ def _fields(service: Service, job: Job) -> dict[str, Any]:
         "n_classes": found.get("n_classes"),
         "n_classes_interval": found.get("n_classes_interval"),
         "left_out": found.get("left_out"),
+        "too_few": found.get("too_few"),
+        "note": found.get("note", ""),
         "changes": found.get("changes", []),
         "groups": [
             {
