@@ -95,7 +95,7 @@ def train(
     split = split_of(split, items, n_known, config.seed)
     items, survey = readable_items(items, skip_bad, progress, config.data.ground)
     of_images = None if survey is None else survey.signatures
-    sets = sets_of(items, of_images, config)
+    sets = sets_of(items, of_images, split, config)
     roles = roles_of(items, split, config, sets)
     check_choices(config, split, epochs(config, 0 if survey is None else 1))
     check_writable(out)
@@ -199,21 +199,31 @@ def assemble(
     return recognizer
 
 
-def sets_of(items: Items, of_images: np.ndarray | None, config: Config) -> np.ndarray | None:
+def sets_of(items: Items, of_images: np.ndarray | None, split: Split, config: Config) -> np.ndarray | None:
     """Sets `(N,)` of near-copies; None where the configuration takes items of other content for different ones.
+
+    Only items that training may see are looked at: each other one is alone in its set.
 
     Args:
         of_images: the images' signatures, as a survey found them; None for embeddings.
     """
     if not config.data.near_copies:
         return None
-    sets = near_copies(items, of_images)
-    n_sets = int(sets.max()) + 1
-    if n_sets < len(items):
+    looked_at = np.isin(items.labels, [*split.known, *split.pseudo_unknown])
+    if items.roles is not None:
+        looked_at &= np.array(items.roles) != "test"
+    some = np.flatnonzero(looked_at)
+    if not len(some):
+        return None
+    found = near_copies(items.select(some), None if of_images is None else of_images[some])
+    sets = len(items) + np.arange(len(items))
+    sets[some] = found
+    n_sets = int(found.max()) + 1
+    if n_sets < len(some):
         logger.warning(
             "%d items are %d near-identical sets: each set is kept in one role and counts once; "
             "data.near_copies=false takes them for different items",
-            *(len(items), n_sets),
+            *(len(some), n_sets),
         )
     return sets
 

@@ -95,7 +95,7 @@ def prepare(
     n_epochs = epochs(config, 0 if survey is None else 1)
     if config.training.patience is not None:
         raise OsmlError("training.patience has no place in a sweep, whose scheduler stops trials: leave it out")
-    sets = sets_of(items, None if survey is None else survey.signatures, config)
+    sets = sets_of(items, None if survey is None else survey.signatures, split, config)
     data = sweep_data(items, survey, split, config, settings.folds, sets)
     tell_shared_files(items)
     if survey is not None:

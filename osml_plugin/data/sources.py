@@ -149,7 +149,7 @@ def _no_images(what: str, left_out: LeftOut) -> str:
     if left_out.kinds:
         there = f"no images, but {left_out.kinds.total()} other files: {in_words(left_out.kinds)}"
         return f"{what} holds {there}; remove it or add images"
-    return f"{what} holds no images; remove it or add images ({', '.join(sorted(IMAGE_SUFFIXES))})"
+    return f"{what} holds no images; expected {', '.join(sorted(IMAGE_SUFFIXES))}: remove it or add images"
 
 
 # --- manifests -------------------------------------------------------------------------------------------
