@@ -31,8 +31,8 @@ class Discovery:
     """Proposed classes of N unknown items."""
 
     labels: np.ndarray
-    """`(N,)` int64: 0 … n_classes−1, the largest class first; -1: left out, since it lies among known items, since there
-    are too few of its kind (`too_few`), or since the method took it for noise."""
+    """`(N,)` int64: 0 … n_classes−1, the largest class first; -1: left out, since it lies among known items, since
+    there are too few of its kind (`too_few`), or since the method took it for noise."""
     n_classes: int
     """0: nothing is proposed; `note` says why."""
     confidence: np.ndarray

@@ -76,8 +76,8 @@ def tight_sets(nodes: np.ndarray, of_known: np.ndarray, distances: Distances) ->
     j·m·log(r_{j+1} / r_j) is standard exponential (Rényi 1953, "On the theory of order statistics"). So a wide gap is
     the edge of a set: a small class, or near-copies of an item. These are narrower than any class that is known, and
     behind the gap, no farther than the items of a class are, are others of their class. A narrow class that stands
-    alone has no others there: it stays as it is. Where known items `(K,)` lie in such sets too, these are how classes are
-    here, and nothing is taken for copies.
+    alone has no others there: it stays as it is. Where known items `(K,)` lie in such sets too, these are how classes
+    are here, and nothing is taken for copies.
     """
     n_nodes, k = len(nodes), min(RANKS + 1, len(nodes))
     alone = np.arange(n_nodes)
