@@ -33,8 +33,9 @@ from .jacobian_diagnostics import Diagnostics, Network, diagnose
 from .metrics import DiscoveryMetrics, discovery_metrics
 from .metrics.discovery import LEFT_OUT
 from .preprocessing import rendering_of
+from .presence import is_model_uri
 from .recognizer import OpenSetRecognizer, Recognition
-from .tracking import download_bundle, is_model_uri
+from .tracking import download_bundle
 
 logger = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ..errors import OsmlError
 from ..names import item_labels
+from ..presence import KINDS, check_source
 from .folders import (
     IMAGE_SUFFIXES,
     UNREAD_PICTURES,
@@ -26,11 +27,6 @@ from .folders import (
     subfolders,
 )
 from .items import ROLES, Items
-
-KINDS = (
-    "a folder of class folders with images, a .csv or .parquet manifest (path,label[,role]), "
-    "or a .npz or .safetensors file of embeddings"
-)
 
 
 def open_items(path: str | Path, *, labelled: bool = True) -> Items:
@@ -51,8 +47,7 @@ def open_items(path: str | Path, *, labelled: bool = True) -> Items:
     """
     path = Path(path)
     suffix = path.suffix.lower()
-    if not path.exists():
-        raise OsmlError(f"no file or folder '{path}'; expected {KINDS}")
+    check_source(path)
     if path.is_dir():
         return _open_folder(path, labelled)
     if is_special(path):
