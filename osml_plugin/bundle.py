@@ -26,10 +26,10 @@ from .errors import OsmlError
 from .gallery import Gallery
 from .known_items import LabelledEmbeddings
 from .names import canonical
+from .network import build_model
 from .preprocessing import Preprocessing
 from .presence import MANIFEST, check_bundle
 from .recognizer import OpenSetRecognizer, measured_radius
-from .training import build_model
 
 FORMAT = "osml-bundle"
 VERSION = 1
@@ -332,7 +332,9 @@ def _recognizer(
     )
     recognizer.details = manifest.details
     if "model" in tensors:
-        config = make_config(manifest.details["config"])
+        # The loss and what else made it were checked by the training; to check them is to import all of PML.
+        stored = {part: values for part, values in manifest.details["config"].items() if part in ("model", "training")}
+        config = make_config(stored)
         config = config.model_copy(update={"model": config.model.model_copy(update={"weights": None})})
         model = build_model(config, **manifest.details["input"], factories=factories)
         model.load_state_dict(tensors["model"])

@@ -9,7 +9,7 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,7 +21,6 @@ from . import UNKNOWN, copies, detectors, thresholds
 from .data.likeness import SeenItems
 from .detectors import Detector
 from .detectors.base import check_class_weights, check_embeddings
-from .discovery import Discovery, discover
 from .embedding import embed_dataset, loading_workers
 from .enrolment import EnrolledGroup, examples_of_groups, rehearsed_scores
 from .errors import OsmlError
@@ -31,6 +30,9 @@ from .labels import class_ids, read_labels
 from .names import canonical
 from .preprocessing import Preprocessing
 from .thresholds import Conformal, Guarantee, Threshold
+
+if TYPE_CHECKING:
+    from .discovery import Discovery
 
 logger = logging.getLogger(__name__)
 
@@ -393,6 +395,8 @@ class OpenSetRecognizer:
     def group(self, embeddings: Tensor, **how: Any) -> Discovery:
         """The same for embeddings that `embed` gave; `progress` may be a function that is told how far it is, from 0 to
         1."""
+        from .discovery import discover  # seconds of imports, which only grouping needs
+
         held = [h for h in (self.calibration, self.validation) if h is not None and len(h)]
         if held:
             names = np.concatenate([np.array(h.names) for h in held])

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+
+from osml_plugin import OpenSetRecognizer, train
 
 # Each takes tenths of a second or more to import.
 HEAVY = {"torch", "torchvision", "numpy", "scipy", "sklearn", "sknetwork", "faiss", "pandas", "pyarrow", "matplotlib"}
@@ -76,3 +82,44 @@ def test_nothing_heavy_is_imported_before_there_is_work(command, status, tmp_pat
     assert not {m.partition(".")[0] for m in modules} & (HEAVY - {"pydantic"})  # Typer's own errors import pydantic
     assert len(modules) < 400
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "here.png"]
+
+
+def test_recognizing_an_image_imports_torch_and_little_else(tmp_path):
+    draw = np.random.default_rng(0)
+    for name, brightness in (("dark", 60), ("light", 190)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(20):
+            pixels = draw.normal(brightness, 10, (8, 8)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / name / f"{i}.png")
+    train(tmp_path / "data", tmp_path / "bundle", n_known=2, overrides=["training.epochs=1"])
+    status, modules = imported("predict", tmp_path / "bundle", tmp_path / "data" / "dark" / "0.png")
+    assert status == 0
+    spared = HEAVY - {"torch", "numpy", "faiss", "safetensors", "pydantic", "yaml", "PIL"}
+    assert not {m.partition(".")[0] for m in modules} & spared
+    assert len(modules) < 1800  # torch alone is some 1150
+
+
+def test_recognizing_embeddings_imports_no_more(tmp_path):
+    draw = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 30)
+    embeddings = draw.normal(size=(60, 4)) + 9 * labels[:, None]
+    OpenSetRecognizer("knn").fit(embeddings, labels).save(tmp_path / "bundle")
+    np.savez(tmp_path / "new.npz", embeddings=embeddings[:3])
+    status, modules = imported("predict", tmp_path / "bundle", tmp_path / "new.npz")
+    assert status == 0
+    spared = HEAVY - {"torch", "numpy", "faiss", "safetensors", "pydantic", "yaml", "PIL"}
+    assert not {m.partition(".")[0] for m in modules} & spared
+
+
+@pytest.mark.parametrize("package", ["osml_plugin", "osml_plugin.tune", "osml_plugin.serve"])
+def test_lazy_names_are_there_for_type_checkers_and_at_run_time(package):
+    module = importlib.import_module(package)
+    table = getattr(module, "_HOME", None) or {name: f".{home}" for name, home in module._WHERE.items()}
+    (block,) = [node for node in ast.parse(Path(module.__file__).read_text()).body if isinstance(node, ast.If)]
+    static = {alias.name: f".{node.module}" for node in block.body for alias in node.names}
+    assert static == table
+    assert set(table) <= set(module.__all__) and dir(module) == sorted(module.__all__)
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = module.nothing
