@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from . import UNKNOWN, copies, detectors, thresholds
+from .checks import check_embeddings, check_references, holds_vectors
 from .data.likeness import SeenItems
 from .detectors import Detector
-from .detectors.base import check_class_weights, check_embeddings
+from .detectors.base import check_class_weights
 from .embedding import embed_dataset, loading_workers
 from .enrolment import EnrolledGroup, examples_of_groups, rehearsed_scores
 from .errors import OsmlError
@@ -155,7 +156,7 @@ class OpenSetRecognizer:
                 are references.
         """
         with self._all_or_nothing():
-            known = self._labelled(embeddings, labels, "labels")
+            known = self._labelled(check_references(embeddings), labels, "labels")
             ids = class_ids(read_labels(labels, len(known)))
             if len(ids) < 2:
                 raise OsmlError(f"a recognizer needs at least two known classes; got {len(ids)}: {', '.join(ids)}")
@@ -344,8 +345,9 @@ class OpenSetRecognizer:
         return replace(self.threshold.guarantee(), pooled=pooled, left=self.n_left)
 
     def embed(self, items: Sequence | ArrayLike, progress: str | None = None) -> Tensor:
-        """Embeddings `(N, D)` of images (files, PIL images, uint8 arrays or tensors); embeddings pass through."""
-        if isinstance(items, np.ndarray | Tensor) and np.ndim(items) == 2:
+        """Embeddings `(N, D)` of images (files, PIL images, uint8 arrays or tensors); embeddings pass through, in any
+        form that `checks.check_embeddings` takes."""
+        if holds_vectors(items):
             embeddings = check_embeddings(items).cpu()
             if self.model is not None and self.preprocessing is None:
                 self._check_input_width(embeddings)
