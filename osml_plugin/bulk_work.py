@@ -112,10 +112,11 @@ def _content(
             return read_image(file, *form[:2], rendering).numpy().tobytes(), None
         except OsmlError as error:
             return None, str(error).removeprefix(f"cannot read the image '{name}': ")
-    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite and refused below
-        vector = np.asarray(value, dtype=np.float32)
+    vector = np.asarray(value, dtype=np.float64)
     if vector.shape != form:
         return None, f"the embedding is {len(vector)} wide; expected {form[0]}"
-    if not (np.abs(vector) <= LARGEST).all():
-        return None, f"the embedding holds NaN or infinity, or a number beyond {LARGEST:.0e}"
-    return vector.tobytes(), None
+    if not np.isfinite(vector).all():
+        return None, "the embedding holds NaN or infinity"
+    if (np.abs(vector) > LARGEST).any():
+        return None, f"the embedding holds a number beyond {LARGEST:.0e}"
+    return vector.astype(np.float32).tobytes(), None

@@ -18,18 +18,22 @@ SMALLEST = 1e-12
 """Least size of the largest number of references that are not all zero: below it squares vanish in float32."""
 
 
-def check_embeddings(values: ArrayLike, what: str = "embeddings", *, whole: bool = False) -> Tensor:
+def check_embeddings(values: ArrayLike, what: str = "embeddings") -> Tensor:
     """Embeddings `(N, D)` as a float32 tensor, on the device where they are; N may be 0.
 
     Args:
         values: a tensor or array of any floating type, byte order and strides, a pandas DataFrame, a Series or list of
             rows, or lists of numbers.
         what: their name in errors.
-        whole: take integers, too.
 
     Raises:
         OsmlError: for another shape, other types, masked, missing or sparse values, NaN, and numbers beyond `LARGEST`.
     """
+    return check_rows(values, what).float()
+
+
+def check_rows(values: ArrayLike, what: str, *, whole: bool = False) -> Tensor:
+    """The same in the precision in which they are; `whole` takes integers, too."""
     given = _as_tensor(values, what)
     if given.ndim != 2 or given.shape[1] == 0:
         raise OsmlError(f"{what} must be of shape (items, width); got {tuple(given.shape)}")
@@ -38,20 +42,19 @@ def check_embeddings(values: ArrayLike, what: str = "embeddings", *, whole: bool
             f"{what} must be floating point; got {given.dtype}: convert them to float32 if they are numbers"
         )
     check_range(given, what)
-    return given.float()
+    return given
 
 
 def check_references(values: ArrayLike, what: str = "embeddings") -> Tensor:
     """The same of embeddings to fit on. Raises OsmlError, too, where all numbers are below `SMALLEST`, but not zero."""
-    given = _as_tensor(values, what)
-    embeddings = check_embeddings(given, what)
+    given = check_rows(values, what)
     largest = float(torch.stack(given.aminmax()).abs().max()) if given.numel() else 0.0
     if 0 < largest < SMALLEST:
         raise OsmlError(
             f"the largest number of all {what} is {largest:.0e}: float32 cannot square them; multiply all by one "
             "number, those to recognize as well"
         )
-    return embeddings
+    return given.float()
 
 
 def check_range(values: Tensor, what: str) -> None:

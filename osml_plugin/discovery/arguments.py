@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from ..checks import check_embeddings
+from ..checks import check_rows
 from ..errors import OsmlError
 from ..metrics.checks import check_vector
 from ..registry import refusing
@@ -19,7 +19,7 @@ HIGHEST_SEED = 2**31
 
 def unit_rows(embeddings: ArrayLike | torch.Tensor, name: str) -> np.ndarray:
     """`embeddings` as float32 unit vectors `(N, D)` on the CPU."""
-    rows = check_embeddings(embeddings, name, whole=True).cpu().double().numpy()
+    rows = check_rows(embeddings, name, whole=True).cpu().double().numpy()
     if not len(rows):
         raise OsmlError(f"{name} must be of shape (items, width), at least one item; got {rows.shape}")
     length = np.linalg.norm(rows, axis=1, keepdims=True)
