@@ -31,6 +31,7 @@ from .labels import class_ids, read_labels
 from .names import canonical
 from .preprocessing import Preprocessing
 from .thresholds import Conformal, Guarantee, Threshold
+from .thresholds.ranks import enough
 
 if TYPE_CHECKING:
     from .discovery import Discovery
@@ -537,10 +538,10 @@ class OpenSetRecognizer:
         if not isinstance(self.threshold, Conformal):
             return
         alpha, left = self.threshold.alpha, len(self.calibration_scores)
-        if thresholds.guarantee(self._n_promising(), alpha).possible:
+        if enough(self._n_promising(), alpha):
             if left:
                 self.promised = self.calibration_scores, self.calibration_nearest
-        elif self.promised is not None and thresholds.guarantee(len(self.promised[0]), alpha).possible:
+        elif self.promised is not None and enough(len(self.promised[0]), alpha):
             self.calibration_scores, self.calibration_nearest = self.promised
             self.n_left = left
 
