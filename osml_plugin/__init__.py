@@ -3,6 +3,16 @@
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # for editors and type checkers; at run time `_HOME` is read
+    from .commands import discover, embed, enroll, evaluate, forget, predict
+    from .errors import OsmlError
+    from .hooks import OpenSetHook
+    from .inference import OpenSetInferenceModel
+    from .metrics.accuracy_calculator import OpenSetAccuracyCalculator
+    from .pipeline import train
+    from .recognizer import OpenSetRecognizer, Recognition
 
 __version__ = "0.1.0"
 
@@ -25,7 +35,23 @@ _HOME = {
     "predict": ".commands",
     "train": ".pipeline",
 }
-__all__ = ["UNKNOWN", "__version__", *_HOME]
+__all__ = [
+    "UNKNOWN",
+    "OpenSetAccuracyCalculator",
+    "OpenSetHook",
+    "OpenSetInferenceModel",
+    "OpenSetRecognizer",
+    "OsmlError",
+    "Recognition",
+    "__version__",
+    "discover",
+    "embed",
+    "enroll",
+    "evaluate",
+    "forget",
+    "predict",
+    "train",
+]
 
 
 def __getattr__(name: str):

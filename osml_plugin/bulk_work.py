@@ -14,6 +14,7 @@ import pyarrow as pa
 import torch
 
 from .bulk_tables import INPUT
+from .checks import LARGEST
 from .data import Rendering, read_image
 from .errors import OsmlError
 from .recognizer import OpenSetRecognizer
@@ -111,9 +112,11 @@ def _content(
             return read_image(file, *form[:2], rendering).numpy().tobytes(), None
         except OsmlError as error:
             return None, str(error).removeprefix(f"cannot read the image '{name}': ")
-    vector = np.asarray(value, dtype=np.float32)
+    vector = np.asarray(value, dtype=np.float64)
     if vector.shape != form:
         return None, f"the embedding is {len(vector)} wide; expected {form[0]}"
     if not np.isfinite(vector).all():
         return None, "the embedding holds NaN or infinity"
-    return vector.tobytes(), None
+    if (np.abs(vector) > LARGEST).any():
+        return None, f"the embedding holds a number beyond {LARGEST:.0e}"
+    return vector.astype(np.float32).tobytes(), None

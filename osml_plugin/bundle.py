@@ -26,13 +26,13 @@ from .errors import OsmlError
 from .gallery import Gallery
 from .known_items import LabelledEmbeddings
 from .names import canonical
+from .network import build_model
 from .preprocessing import Preprocessing
+from .presence import MANIFEST, check_bundle
 from .recognizer import OpenSetRecognizer, measured_radius
-from .training import build_model
 
 FORMAT = "osml-bundle"
 VERSION = 1
-MANIFEST = "bundle.json"
 READS = 5  # of a bundle that is exchanged while it is read
 
 
@@ -281,10 +281,9 @@ def load_bundle(path: str | Path, *, factories: Sequence[str] = ()) -> OpenSetRe
 def read_manifest(path: str | Path) -> Manifest:
     """`bundle.json`, checked: its format, its version, its own checksum, and its fields."""
     path = Path(path)
+    check_bundle(path)
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise OsmlError(f"no bundle at '{path}': expected a folder that `osml train --out` wrote") from error
     except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path, f"{MANIFEST} cannot be read") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -333,7 +332,9 @@ def _recognizer(
     )
     recognizer.details = manifest.details
     if "model" in tensors:
-        config = make_config(manifest.details["config"])
+        # The loss and what else made it were checked by the training; to check them is to import all of PML.
+        stored = {part: values for part, values in manifest.details["config"].items() if part in ("model", "training")}
+        config = make_config(stored)
         config = config.model_copy(update={"model": config.model.model_copy(update={"weights": None})})
         model = build_model(config, **manifest.details["input"], factories=factories)
         model.load_state_dict(tensors["model"])

@@ -16,6 +16,7 @@ import typer
 
 from . import __version__
 from .errors import OsmlError
+from .presence import check_file, check_model, check_source
 
 app = typer.Typer(
     add_completion=False,
@@ -25,9 +26,26 @@ app = typer.Typer(
     help="Open-set recognition: recognise the known, reject and group the unknown, learn new classes without training.",
 )
 
+
+def existing(check: Callable[..., None], *args: str) -> Callable[[Any], Any]:
+    """A callback of an option: what it names, where it names something, must pass the `check` of its presence."""
+
+    def checked(value: Any) -> Any:
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None:
+                check(one, *args)
+        return value
+
+    return checked
+
+
 Model = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="A bundle, as `osml train --out` writes it, or models:/NAME@champion."),
+    typer.Argument(
+        metavar="MODEL",
+        help="A bundle, as `osml train --out` writes it, or models:/NAME@champion.",
+        callback=existing(check_model),
+    ),
 ]
 Data = Annotated[
     Path,
@@ -35,11 +53,31 @@ Data = Annotated[
         metavar="DIR",
         help="DIR/<class>/* or DIR/train/<class>/* + DIR/test/<class>/*; a CSV or Parquet manifest "
         "(path,label[,role]); or an embeddings file (.npz, .safetensors).",
+        callback=existing(check_source),
     ),
+]
+Paths = Annotated[
+    list[Path],
+    typer.Argument(metavar="PATH…", help="Images, folders, or an embeddings file.", callback=existing(check_source)),
 ]
 SplitFile = Annotated[
     Path | None,
-    typer.Option("--split", metavar="FILE", help='JSON {"known": […], "pseudo_unknown": […], "unknown": […]}.'),
+    typer.Option(
+        "--split",
+        metavar="FILE",
+        help='JSON {"known": […], "pseudo_unknown": […], "unknown": […]}.',
+        callback=existing(check_file, "the split"),
+    ),
+]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        "-c",
+        metavar="FILE",
+        help="A YAML configuration.",
+        callback=existing(check_file, "the configuration"),
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read.")]
@@ -75,7 +113,7 @@ def train(
     alpha: Annotated[
         float | None, typer.Option(help="Share of known items that may be rejected.  [default: 0.05]")
     ] = None,
-    config: Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="A YAML configuration.")] = None,
+    config: ConfigFile = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One value of it, such as loss.margin=20.")
     ] = None,
@@ -182,7 +220,7 @@ def evaluate(
 @app.command()
 def predict(
     model: Model,
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH…", help="Images, folders, or an embeddings file.")],
+    paths: Paths,
     skip_bad: SkipBad = False,
     trust_factory: Trust = None,
     as_json: AsJson = False,
@@ -226,6 +264,7 @@ def recognize(
             metavar="DATA",
             help="A folder of images; a Parquet file or a folder of them, with a column image, path or embedding; "
             "or what `osml predict` takes.",
+            callback=existing(check_source),
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="A .parquet or .csv file; with --ray a folder.")],
@@ -265,7 +304,12 @@ def recognize(
 def embed(
     model: Model,
     data: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Images, or a manifest; with --ray what `osml recognize` takes.")
+        Path,
+        typer.Argument(
+            metavar="DIR",
+            help="Images, or a manifest; with --ray what `osml recognize` takes.",
+            callback=existing(check_source),
+        ),
     ],
     out: Annotated[
         Path, typer.Option(metavar="FILE", help="The .npz or .safetensors file to write; with --ray a folder.")
@@ -300,7 +344,7 @@ def embed(
 @app.command()
 def enroll(
     model: Model,
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH…", help="Images, folders, or an embeddings file.")],
+    paths: Paths,
     name: Annotated[str, typer.Option(help="The class that these are.")],
     skip_bad: SkipBad = False,
     trust_factory: Trust = None,

@@ -6,14 +6,17 @@ import csv
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from osml_plugin.cli import AsJson, Model, SkipBad, Trust, figure, print_json
-from osml_plugin.discovery.identity import Identities
+from osml_plugin.cli import AsJson, Model, SkipBad, Trust, existing, figure, print_json
 from osml_plugin.errors import OsmlError
+from osml_plugin.presence import check_file, check_source
 from osml_plugin.registry import refusing
+
+if TYPE_CHECKING:
+    from osml_plugin.discovery import Identities
 
 app = typer.Typer()
 
@@ -26,7 +29,11 @@ def discover(
     model: Model,
     data: Annotated[
         Path,
-        typer.Argument(metavar="DIR", help="Images, with or without class folders; a manifest; or an embeddings file."),
+        typer.Argument(
+            metavar="DIR",
+            help="Images, with or without class folders; a manifest; or an embeddings file.",
+            callback=existing(check_source),
+        ),
     ],
     out: Annotated[
         Path | None,
@@ -40,14 +47,28 @@ def discover(
         float | None, typer.Option(help="How fine, in the method's terms: near the one that was chosen before.")
     ] = None,
     must_link: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="CSV of two files a line: pairs that are of one class.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="CSV of two files a line: pairs that are of one class.",
+            callback=existing(check_file, "the links in"),
+        ),
     ] = None,
     cannot_link: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="CSV of two files a line: pairs of different classes.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="CSV of two files a line: pairs of different classes.",
+            callback=existing(check_file, "the links in"),
+        ),
     ] = None,
     previous: Annotated[
         Path | None,
-        typer.Option(metavar="OUT", help="The OUT of an earlier run: groups that continue one keep its number."),
+        typer.Option(
+            metavar="OUT",
+            help="The OUT of an earlier run: groups that continue one keep its number.",
+            callback=existing(check_file, "the earlier discovery"),
+        ),
     ] = None,
     everything: Annotated[
         bool, typer.Option("--all", help="Group all items, not only those that are rejected.")
@@ -137,6 +158,7 @@ def _identities(out: Path | None) -> Identities | None:
     """What the run that wrote a folder left to the next."""
     if out is None:
         return None
+    from .discovery import Identities
     from .report.discovery import RECORD
 
     with refusing(f"'{out}' holds no earlier discovery", "name the --out of an earlier run"):

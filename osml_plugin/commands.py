@@ -13,28 +13,30 @@ from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from . import UNKNOWN, detectors
 from .bundle import bundle_lock, load_bundle, read_manifest, save_bundle
-from .checkpoints import Checkpoint, find_checkpoints
 from .data import Items, Split, check_pictures, open_items, readable_items, test_indices, write_embeddings
 from .data.likeness import signatures
 from .data.pixels import ON_WHITE, Rendering
-from .discovery import Constraints, Discovery, Identities, Update, identify
-from .discovery.methods import create
 from .embedding import default_device, embed_dataset
 from .errors import OsmlError
-from .evaluation import Evaluation, evaluate_embeddings
-from .jacobian_diagnostics import Diagnostics, Network, diagnose
-from .metrics import DiscoveryMetrics, discovery_metrics
-from .metrics.discovery import LEFT_OUT
 from .preprocessing import rendering_of
+from .presence import is_model_uri
 from .recognizer import OpenSetRecognizer, Recognition
-from .tracking import download_bundle, is_model_uri
+
+if TYPE_CHECKING:
+    from .checkpoints import Checkpoint
+    from .discovery import Discovery, Identities, Update
+    from .evaluation import Evaluation
+    from .jacobian_diagnostics import Diagnostics, Network
+    from .metrics import DiscoveryMetrics
+
+# What only one of the functions needs is imported in it: scikit-learn, SciPy and PML take seconds.
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,8 @@ def evaluate(
     those that it names; without it every class that the bundle does not know is unknown. `alpha` has the threshold
     fitted again, on the bundle's own calibration items, at another rate.
     """
+    from .evaluation import evaluate_embeddings
+
     recognizer = open_recognizer(model, factories)
     if alpha is not None:
         recognizer = copy(recognizer).keep_rate(alpha)  # whoever passed one keeps it as it was
@@ -147,6 +151,8 @@ class DiscoverResult:
 
     def to_dict(self) -> dict[str, Any]:
         """The object that `osml discover --json` prints."""
+        from .metrics.discovery import LEFT_OUT
+
         found, names = self.groups, self.names
         groups = []
         for group, exemplars in enumerate(found.exemplars):
@@ -208,8 +214,10 @@ def discover(
     Args:
         previous: What an earlier run left (`DiscoverResult.update.identities`): groups that continue one keep its id.
     """
+    from .discovery import Constraints, Identities, identify, methods
+
     if method != "auto":
-        create(method)  # a wrong name is to be told before the work, and so are wrong links
+        methods.create(method)  # a wrong name is to be told before the work, and so are wrong links
     items = open_items(data, labelled=False)
     names = _names(items)
     links = {"must_link": _placed(must_link, names, Path(data)), "cannot_link": _placed(cannot_link, names, Path(data))}
@@ -226,6 +234,11 @@ def discover(
     how = {"n_classes": n_classes, "method": method, "granularity": granularity, "seed": seed}
     links = {kind: _among(pairs, places[kept], names) for kind, pairs in links.items()}
     groups = recognizer.group(embeddings[kept], **how, **links)
+    metrics = None
+    if chosen.labels is not None:
+        from .metrics import discovery_metrics
+
+        metrics = discovery_metrics(chosen.labels, groups.labels)
     return DiscoverResult(
         source=Path(data),
         items=chosen,
@@ -238,7 +251,7 @@ def discover(
         n_recognised=len(readable) - len(kept),
         update=identify(previous or Identities(), _lasting(keys, items), groups.labels),
         follows=previous is not None,
-        metrics=discovery_metrics(chosen.labels, groups.labels) if chosen.labels is not None else None,
+        metrics=metrics,
         rendering=rendering_of(recognizer.preprocessing),
     )
 
@@ -351,6 +364,9 @@ def jacobian(
         before_norm: of the embedding before it is brought to unit norm.
         split, skip_bad, factories: as for `evaluate`.
     """
+    from .checkpoints import find_checkpoints
+    from .jacobian_diagnostics import Network, diagnose
+
     recognizer = open_recognizer(model, factories)
     if recognizer.model is None:
         raise OsmlError("the Jacobian norm is of a network, and this bundle has none: it takes embeddings as they are")
@@ -398,6 +414,8 @@ def _trained_networks(
     recognizer: OpenSetRecognizer, checkpoints: Sequence[Checkpoint], references: Items
 ) -> Iterator[Network]:
     """The network of each checkpoint, with the bundle's detector fitted on what it makes of the references."""
+    from .jacobian_diagnostics import Network
+
     ids = {name: i for i, name in recognizer.gallery.classes.items()}
     labels = np.array([ids[name] for name in references.labels])
     inputs, device = _network_inputs(recognizer, references), default_device()
@@ -489,7 +507,11 @@ def open_recognizer(model: str | Path | OpenSetRecognizer, factories: Sequence[s
     """Of a bundle, a registered model (`models:/NAME@champion`), or as it is."""
     if isinstance(model, OpenSetRecognizer):
         return model
-    return load_bundle(download_bundle(str(model)) if is_model_uri(model) else model, factories=factories)
+    if is_model_uri(model):
+        from .tracking import download_bundle
+
+        model = download_bundle(str(model))
+    return load_bundle(model, factories=factories)
 
 
 def _check_changeable(model: str | Path) -> None:

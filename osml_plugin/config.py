@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from . import detectors, optimizers, pml, thresholds, trunks
+from . import detectors, optimizers, thresholds, trunks
 from .data.pixels import Color, parse_color
 from .data.roles import Fractions
 from .registry import check_arguments
@@ -106,6 +106,8 @@ class Config(Section):
     @classmethod
     def _part_exists(cls, part: Part | None, info) -> Part | None:
         if part is not None:
+            from . import pml  # its imports take as long as torch's, and only a training needs them
+
             pml.check(info.field_name, part.name, part.args)
         return part
 

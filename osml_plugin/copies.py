@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
 from .neighbors import NeighborIndex
 
@@ -260,6 +258,9 @@ def _links(items: np.ndarray, reach: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 def _components(n_items: int, links: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     """Set number `(N,)` of each item, from pairs that belong together, in the order of the sets' first items."""
+    from scipy.sparse import coo_matrix  # here, because recognizing does without SciPy
+    from scipy.sparse.csgraph import connected_components
+
     a, b = (np.concatenate([link[side] for link in links]) for side in (0, 1))
     graph = coo_matrix((np.ones(len(a), dtype=bool), (a, b)), shape=(n_items, n_items))
     found = connected_components(graph, directed=False)[1]

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .detectors import Detector
-from .discovery import Discovery
 from .errors import OsmlError
 from .gallery import Gallery
 from .names import further_names
 from .registry import checked_number
+
+if TYPE_CHECKING:
+    from .discovery import Discovery
 
 REHEARSALS = 6
 """Classes to enrol in play, at least, each from other examples: one example may lie far out."""

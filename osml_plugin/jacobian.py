@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from tqdm import tqdm
 
+from .checks import check_range
 from .detectors import Detector
 from .embedding import EmbeddingModel
 from .errors import OsmlError
@@ -265,8 +266,7 @@ def _checked(inputs: Tensor, chunk: int | None) -> tuple[Tensor, int]:
     if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or inputs.ndim < 2:
         what = f"{inputs.dtype} of shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
         raise OsmlError(f"inputs must be a floating-point tensor of shape (items, …); got {what}")
-    if not inputs.isfinite().all():
-        raise OsmlError("inputs hold NaN or infinity: leave these items out")
+    check_range(inputs, "inputs")
     return inputs.detach(), checked_count("chunk", CHUNK[_kind(inputs)] if chunk is None else chunk)
 
 

@@ -30,10 +30,10 @@ from .data import (
 )
 from .data.likeness import SeenItems, near_copies, signatures
 from .errors import OsmlError
+from .network import epochs
 from .recognizer import OpenSetRecognizer
 from .selection import DEFAULT, Cached, Candidate, has_unknown, select
 from .selection import candidates as detector_candidates
-from .training import epochs
 from .training_data import TrainingData, bit_depth_of
 from .training_run import TrainingRun
 

@@ -9,7 +9,7 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from . import UNKNOWN, copies, detectors, thresholds
+from .checks import check_embeddings, check_references, holds_vectors
 from .data.likeness import SeenItems
 from .detectors import Detector
-from .detectors.base import check_class_weights, check_embeddings
-from .discovery import Discovery, discover
+from .detectors.base import check_class_weights
 from .embedding import embed_dataset, loading_workers
 from .enrolment import EnrolledGroup, examples_of_groups, rehearsed_scores
 from .errors import OsmlError
@@ -31,6 +31,10 @@ from .labels import class_ids, read_labels
 from .names import canonical
 from .preprocessing import Preprocessing
 from .thresholds import Conformal, Guarantee, Threshold
+from .thresholds.ranks import enough
+
+if TYPE_CHECKING:
+    from .discovery import Discovery
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +157,7 @@ class OpenSetRecognizer:
                 are references.
         """
         with self._all_or_nothing():
-            known = self._labelled(embeddings, labels, "labels")
+            known = self._labelled(check_references(embeddings), labels, "labels")
             ids = class_ids(read_labels(labels, len(known)))
             if len(ids) < 2:
                 raise OsmlError(f"a recognizer needs at least two known classes; got {len(ids)}: {', '.join(ids)}")
@@ -342,8 +346,9 @@ class OpenSetRecognizer:
         return replace(self.threshold.guarantee(), pooled=pooled, left=self.n_left)
 
     def embed(self, items: Sequence | ArrayLike, progress: str | None = None) -> Tensor:
-        """Embeddings `(N, D)` of images (files, PIL images, uint8 arrays or tensors); embeddings pass through."""
-        if isinstance(items, np.ndarray | Tensor) and np.ndim(items) == 2:
+        """Embeddings `(N, D)` of images (files, PIL images, uint8 arrays or tensors); embeddings pass through, in any
+        form that `checks.check_embeddings` takes."""
+        if holds_vectors(items):
             embeddings = check_embeddings(items).cpu()
             if self.model is not None and self.preprocessing is None:
                 self._check_input_width(embeddings)
@@ -393,6 +398,8 @@ class OpenSetRecognizer:
     def group(self, embeddings: Tensor, **how: Any) -> Discovery:
         """The same for embeddings that `embed` gave; `progress` may be a function that is told how far it is, from 0 to
         1."""
+        from .discovery import discover  # seconds of imports, which only grouping needs
+
         held = [h for h in (self.calibration, self.validation) if h is not None and len(h)]
         if held:
             names = np.concatenate([np.array(h.names) for h in held])
@@ -531,10 +538,10 @@ class OpenSetRecognizer:
         if not isinstance(self.threshold, Conformal):
             return
         alpha, left = self.threshold.alpha, len(self.calibration_scores)
-        if thresholds.guarantee(self._n_promising(), alpha).possible:
+        if enough(self._n_promising(), alpha):
             if left:
                 self.promised = self.calibration_scores, self.calibration_nearest
-        elif self.promised is not None and thresholds.guarantee(len(self.promised[0]), alpha).possible:
+        elif self.promised is not None and enough(len(self.promised[0]), alpha):
             self.calibration_scores, self.calibration_nearest = self.promised
             self.n_left = left
 

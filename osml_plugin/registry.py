@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any, ClassVar, Generic, TypeVar
-
-import torch
 
 from .errors import OsmlError, unknown_name
 
@@ -62,9 +61,12 @@ def refusing(problem: str, advice: str | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except (OsmlError, MemoryError, torch.OutOfMemoryError):
+    except (OsmlError, MemoryError):
         raise
     except Exception as error:
+        torch = sys.modules.get("torch")  # where nothing has imported it, its error cannot have been raised
+        if torch is not None and isinstance(error, torch.OutOfMemoryError):
+            raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise OsmlError(f"{problem} ({reason})" + (f": {advice}" if advice else "")) from error
 

@@ -320,11 +320,6 @@ def _requirements() -> list[str]:
 # --- models as bundles -----------------------------------------------------------------------------------
 
 
-def is_model_uri(text: str | Path) -> bool:
-    """Whether this is the address of a model in MLflow and no path."""
-    return str(text).startswith(("models:/", "runs:/"))
-
-
 _downloads: dict[tuple[str, str], Path] = {}
 
 

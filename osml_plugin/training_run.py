@@ -11,9 +11,10 @@ from torch import Tensor
 from . import detectors
 from .config import Config
 from .embedding import OUTPUTS
+from .network import build_model, epochs
 from .pml import class_weights
 from .selection import Cached
-from .training import Trainer, build_model, checked_device, epochs, make_trainer, seed_everything
+from .training import Trainer, checked_device, make_trainer, seed_everything
 from .training_data import TrainingData
 
 

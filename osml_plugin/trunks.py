@@ -1,4 +1,7 @@
-"""Feature networks by name: the small trunk, any torchvision model, or a factory of the user's own."""
+"""Feature networks by name: the small trunk, any torchvision model, or a factory of the user's own.
+
+Functions import torchvision: it takes longer than torch, and the small trunk and embeddings do without it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -48,6 +50,8 @@ def _convolution(inputs: int, outputs: int) -> list[nn.Module]:
 
 def names() -> list[str]:
     """Every trunk that has a name."""
+    import torchvision
+
     classifiers = torchvision.models.list_models(module=torchvision.models, exclude="squeezenet*")
     return ["identity", "small_cnn", *classifiers]
 
@@ -88,6 +92,8 @@ def build(name: str, args: Mapping[str, Any], *, channels: int, factories: Colle
     with refusing(f"trunk '{name}' refuses its arguments"):
         if name == "small_cnn":
             return SmallCNN(channels, **args)
+        import torchvision
+
         trunk = torchvision.models.get_model(name, weights=None, **_ONE_OUTPUT.get(name, {}) | dict(args))
     return without_head(trunk)
 
@@ -128,6 +134,8 @@ def without_head(model: nn.Module) -> nn.Module:
 
 def load_weights(trunk: nn.Module, name: str, weights: str) -> None:
     """Load a local file (`.safetensors`, or a `.pth` of plain tensors) or torchvision weights such as 'DEFAULT'."""
+    import torchvision
+
     path = Path(weights)
     if path.is_file():
         state = _read_weights(path)

@@ -9,16 +9,17 @@ import threading
 import time
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.request import ProxyHandler, build_opener
 
 import typer
 
-from osml_plugin.cli import AsJson, needs, print_json
+from osml_plugin.cli import AsJson, ConfigFile, existing, needs, print_json
 from osml_plugin.errors import OsmlError
-from osml_plugin.schema import apply_override, checked, read_yaml
+from osml_plugin.presence import check_model
 
-from .settings import ServeConfig
+if TYPE_CHECKING:
+    from .settings import ServeConfig
 
 app = typer.Typer()
 keys = typer.Typer(no_args_is_help=True, help="API keys of an endpoint: add, list, revoke.")
@@ -36,7 +37,11 @@ Database = Annotated[
 def serve(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", help="models:/NAME@champion, or a bundle.  [default: what it served last]"),
+        typer.Argument(
+            metavar="[MODEL]",
+            help="models:/NAME@champion, or a bundle.  [default: what it served last]",
+            callback=existing(check_model),
+        ),
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on; others than loopback need keys.")] = None,
     port: Annotated[int | None, typer.Option(help="0 takes any free one.  [default: 8000]")] = None,
@@ -52,7 +57,7 @@ def serve(
     root_path: Annotated[
         str | None, typer.Option(metavar="PATH", help="Path under which a proxy shows it, such as /vision.")
     ] = None,
-    config: Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="A YAML configuration.")] = None,
+    config: ConfigFile = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One value of it, such as unknowns.days=7.")
     ] = None,
@@ -202,6 +207,10 @@ def revoke(name: Annotated[str, typer.Argument()], database: Database = None, ho
 
 
 def _settings(file: Path | None, overrides: list[str] | None, **flags: Any) -> ServeConfig:
+    from osml_plugin.schema import apply_override, checked, read_yaml
+
+    from .settings import ServeConfig
+
     values = read_yaml(file) if file is not None else {}
     for override in overrides or []:
         apply_override(values, override, ServeConfig)

@@ -13,7 +13,7 @@ import torch
 from osml_plugin import OpenSetRecognizer
 from osml_plugin.discovery import confirmed
 from osml_plugin.errors import OsmlError
-from osml_plugin.tracking import is_model_uri
+from osml_plugin.presence import is_model_uri
 
 from .embedder import Embedder
 from .images import BadImage, decode

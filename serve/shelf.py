@@ -14,8 +14,9 @@ from urllib.parse import quote
 
 from osml_plugin.bundle import MANIFEST, bundle_lock, load_bundle, read_manifest
 from osml_plugin.errors import OsmlError
+from osml_plugin.presence import is_model_uri
 from osml_plugin.recognizer import OpenSetRecognizer
-from osml_plugin.tracking import download_bundle, is_model_uri, resolve_model
+from osml_plugin.tracking import download_bundle, resolve_model
 
 BUNDLE = "bundle/"
 """Versions of bundles that come from a folder begin so, and go on with their checksum."""

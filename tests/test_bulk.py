@@ -163,13 +163,15 @@ def test_what_cannot_be_read_has_a_row(bundle, with_bad, tmp_path):
 
 def test_embeddings_that_are_none(vectors, digit_vectors, tmp_path):
     rows = [digit_vectors[0][0], None, np.ones(3, np.float32), np.full(64, np.nan, np.float32), digit_vectors[0][9]]
+    rows.append(np.full(64, 1e18, np.float32))
     pq.write_table(pa.table({"embedding": rows}), tmp_path / "data.parquet")
     result = recognize_dataset(
         vectors, tmp_path / "data.parquet", tmp_path / "answers.parquet", skip_bad=True, progress=False
     )
     found = pd.read_parquet(tmp_path / "answers.parquet")
     reasons = ["the cell is empty", "the embedding is 3 wide; expected 64", "the embedding holds NaN or infinity"]
-    assert found["error"][1:4].tolist() == reasons and result.n_bad == 3
+    assert found["error"][1:4].tolist() == reasons and result.n_bad == 4
+    assert found["error"][5] == "the embedding holds a number beyond 1e+15"
     check(found.iloc[[0, 4]], vectors, digit_vectors[0][[0, 9]])
 
 

@@ -13,7 +13,7 @@ from conftest import sphere_classes
 from osml_plugin import OpenSetRecognizer, OsmlError, bundle, detectors, enroll
 from osml_plugin.config import Config
 from osml_plugin.data import write_embeddings
-from osml_plugin.training import build_model
+from osml_plugin.network import build_model
 
 
 @pytest.fixture

@@ -278,16 +278,6 @@ def test_lists(osml):
         assert json.loads(osml(command, "--json")[1])[command]
 
 
-def test_it_does_not_wait_for_torch_to_say_what_it_is():
-    code = "import sys; import osml_plugin.cli; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-def test_the_core_imports_neither_ray_nor_mlflow():
-    code = "import sys, osml_plugin.commands; sys.exit(bool({'ray', 'mlflow'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
 # Bad input --------------------------------------------------------------------------------------------------
 
 

@@ -253,7 +253,61 @@ def test_bad_manifests(tmp_path, manifest, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without_pandas)
     with pytest.raises(OsmlError, match=r"osml-plugin\[manifest\]"):
-        open_items(file)
+        open_items(tmp_path / "m.parquet")
+    manifest.to_csv(file, index=False)
+    assert len(open_items(file)) == 6  # for CSV it is not needed
+
+
+TWO = "path,label\na.png,x\nb.png,y\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        TWO,
+        TWO.replace("\n", ",\n"),  # a comma at the end of every line,
+        TWO.replace("png,x\n", "png,x,\n"),  # or of one
+        TWO.replace("label\n", "label,\n").replace("\n", "\n\n"),
+        TWO.replace("\n", "\r\n"),
+        TWO.replace("\n", "\r"),
+        "\ufeff" + TWO,
+        '"path","label"\n"a.png","x"\n"b.png","y"',
+    ],
+)
+def test_csv_files_as_other_programs_write_them(tmp_path, content):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "m.csv").write_bytes(content.encode())
+    items = open_items(tmp_path / "m.csv")
+    assert items.labels == ("x", "y") and [p.name for p in items.paths] == ["a.png", "b.png"]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "it is empty"),
+        (TWO.replace(",", ";").encode(), "separated by semicolons; save it with commas"),
+        (TWO.replace(",", "\t").encode(), "separated by tabs"),
+        (TWO.encode("utf-16"), "it is UTF-16; save it as UTF-8"),
+        (b"path,label\na.png,x\nb.png,caf\xe9\n", "line 3 is not UTF-8"),
+        (TWO.replace("b.png", "b\0.png").encode(), "line 3 holds a NUL"),
+        (b"path,label,path\na.png,x,a.png\n", "2 columns 'path'"),
+        (b"a.png,x\nb.png,y\n", "no column 'path'; it has 'a.png', 'x', expected .* in its first line"),
+        (b"path,label\na.png,x\nb.png\n", "line 3 has 1 cells, but the header 2"),
+        (b"path,label\na.png,x, y\n", "line 2 has 3 cells, but the header 2; put a cell with a comma in quotation"),
+        (b'path,label\na.png,"x\nb.png,y\n', "a quotation mark is not closed"),
+        (b'path,label\na.png,"x" y\n', "write a quotation mark inside a cell twice"),
+        (b"path,label\na.png," + b"x" * 200_000 + b"\n", "a cell is longer than 131,072"),
+        (b'path,label\na.png,"' + b"x,y\n" * 200_000, "a cell is longer than 131,072"),
+        (b"path,label\nimages\\a.png,x\n", r"not there.*written with / in place of \\"),
+        (b"path,label\nC:\\images\\a.png,x\n", r"not there.*written with / in place of \\"),
+    ],
+)
+def test_a_csv_file_that_cannot_be_read_gets_its_reason(tmp_path, content, reason):
+    (tmp_path / "m.csv").write_bytes(content)
+    with pytest.raises(OsmlError, match=reason) as error:
+        open_items(tmp_path / "m.csv")
+    one_line(error)
 
 
 # --- embeddings ------------------------------------------------------------------------------------------
@@ -306,11 +360,18 @@ def test_embeddings_files_of_others(tmp_path):
         ({"embeddings": ROWS[0], "labels": NAMES}, r"shape \(64,\) of float32; expected \(N, D\)"),
         ({"embeddings": ROWS[:0], "labels": []}, r"shape \(0, 64\)"),
         ({"embeddings": ROWS.astype(int), "labels": NAMES}, "of int64; expected"),
-        ({"embeddings": np.where(ROWS[3] == ROWS, np.nan, ROWS), "labels": NAMES}, "NaN or infinity in 20 of 20 rows"),
-        ({"embeddings": ROWS.astype(np.float64) * 1e300, "labels": NAMES}, "the first is row 0"),
+        (
+            {"embeddings": np.where(ROWS[3] == ROWS, np.nan, ROWS), "labels": NAMES},
+            "20 of 20 embeddings in .* hold NaN or infinity",
+        ),
+        ({"embeddings": ROWS.astype(np.float64) * 1e300, "labels": NAMES}, "beyond 1e.15, the first in row 0"),
         ({"embeddings": ROWS, "labels": NAMES[:7]}, r"'labels' in .* has shape \(7,\); expected \(20,\)"),
         ({"embeddings": ROWS, "labels": DIGITS.target[:20] / 2}, "'labels' in .*: type float64; expected strings"),
-        ({"embeddings": ROWS, "labels": np.array(NAMES, dtype=object)}, "cannot read .* as .npz"),
+        (
+            {"embeddings": ROWS, "labels": np.array(NAMES, dtype=object)},
+            "cannot read .* as .npz: 'labels' .* never unpickled",
+        ),
+        ({"embeddings": np.array(ROWS, dtype=object), "labels": NAMES}, "'embeddings' .* never unpickled"),
         ({"embeddings": ROWS, "labels": NAMES, "roles": ["train"] * 19 + ["tset"]}, "role 'tset' in row 20"),
     ],
 )
@@ -319,6 +380,39 @@ def test_bad_npz(tmp_path, arrays, message):
     with pytest.raises(OsmlError, match=message) as error:
         open_items(tmp_path / "e.npz")
     one_line(error)
+
+
+def test_what_an_embeddings_file_holds_besides_is_not_read(tmp_path):
+    more = {
+        "faces": np.array([{"a": 1}, None], dtype=object),
+        "masks": np.ones((2, 3), bool),
+        "when": np.datetime64("now"),
+    }
+    np.savez(tmp_path / "e.npz", embeddings=ROWS, labels=NAMES, **more)
+    assert open_items(tmp_path / "e.npz").labels == tuple(NAMES)
+    tensors = {
+        "embeddings": torch.from_numpy(ROWS),
+        "labels": torch.arange(20),
+        "complex": torch.ones(2, dtype=torch.complex64),
+    }
+    safetensors.torch.save_file(tensors, tmp_path / "e.safetensors")
+    assert open_items(tmp_path / "e.safetensors").labels == tuple(map(str, range(20)))
+
+
+def test_files_that_are_no_archive_of_arrays(tmp_path):
+    np.savez(tmp_path / "e.npz", embeddings=ROWS, labels=NAMES)
+    whole = (tmp_path / "e.npz").read_bytes()
+    np.save(tmp_path / "one.npy", ROWS)
+    for content in (whole[:-30], whole[: len(whole) // 2], (tmp_path / "one.npy").read_bytes(), b"\x80\x04K\x01.", b""):
+        (tmp_path / "e.npz").write_bytes(content)
+        with pytest.raises(OsmlError, match="as .npz: it is no archive of arrays, or is cut off; write it by") as error:
+            open_items(tmp_path / "e.npz")
+        one_line(error)
+    with pytest.raises(OsmlError, match=r"from its suffix '\.npy'"):
+        open_items(tmp_path / "one.npy")
+    np.savez(tmp_path / "e.npz", ROWS)
+    with pytest.raises(OsmlError, match="it has 'arr_0'; save it under that name"):
+        open_items(tmp_path / "e.npz")
 
 
 def test_bad_embeddings_files(tmp_path):

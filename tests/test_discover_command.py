@@ -550,7 +550,9 @@ def test_bad_links_and_runs_are_refused_in_one_line(osml, bundle, inbox, tmp_pat
     fails(osml(*run, "--cannot-link", links), "'nobody.png'", "60 items")
     links.write_text("3/0.png,3/0.png\n")
     fails(osml(*run, "--cannot-link", links), "with itself")
-    fails(osml("discover", "no bundle", inbox, "--cannot-link", links), "with itself")  # before any work
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "bundle.json").write_text("{}")
+    fails(osml("discover", tmp_path / "damaged", inbox, "--cannot-link", links), "with itself")  # before any work
     fails(osml(*run, "--previous", tmp_path), "no earlier discovery")
     (tmp_path / "discovery.json").write_text("{}")
     fails(osml(*run, "--previous", tmp_path), "no earlier discovery")

@@ -124,7 +124,7 @@ def test_without_mlflow(monkeypatch):
 
 
 def test_importing_it_does_not_import_mlflow():
-    code = "import sys, osml_plugin.tracking as t; assert t.is_model_uri('models:/a@b') and not t.is_model_uri('a/b')"
+    code = "import sys, osml_plugin.tracking, osml_plugin.presence as t; assert t.is_model_uri('models:/a@b') and not t.is_model_uri('a/b')"
     subprocess.run([sys.executable, "-c", f"{code}; assert 'mlflow' not in sys.modules"], check=True)
 
 

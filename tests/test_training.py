@@ -20,8 +20,9 @@ from osml_plugin import OsmlError, pml, trunks
 from osml_plugin.config import load_config, make_config
 from osml_plugin.embedding import EmbeddingModel, default_device, embed_dataset
 from osml_plugin.hooks import OpenSetHook
+from osml_plugin.network import build_model
 from osml_plugin.registry import refusing
-from osml_plugin.training import build_model, checked_device, make_trainer, seed_everything, train_model
+from osml_plugin.training import checked_device, make_trainer, seed_everything, train_model
 
 ARGUMENTS = {
     "HistogramLoss": {"n_bins": 10},

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from osml_plugin.cli import AsJson, Data, SkipBad, SplitFile, figure, needs, print_json
+from osml_plugin.cli import AsJson, Data, SkipBad, SplitFile, existing, figure, needs, print_json
+from osml_plugin.presence import check_file, check_source
 
 app = typer.Typer()
 
@@ -29,7 +30,14 @@ def tune(
         str | None, typer.Option(metavar="NAME", help="The loss to search, with its default space.")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option("--config", "-c", metavar="FILE", help="A YAML file: space, search, resources, …")
+        Path | None,
+        typer.Option(
+            "--config",
+            "-c",
+            metavar="FILE",
+            help="A YAML file: space, search, resources, …",
+            callback=existing(check_file, "the configuration"),
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None,
@@ -109,7 +117,12 @@ def tune(
 def promote(
     name: Registered,
     data: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The data of the sweep.  [default: where they were]")
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="The data of the sweep.  [default: where they were]",
+            callback=existing(check_source),
+        ),
     ] = None,
     version: Annotated[int | None, typer.Option(help="Another version than the challenger.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Promote without comparing.")] = False,

@@ -11,8 +11,9 @@ import numpy as np
 from osml_plugin.config import Config
 from osml_plugin.data import Fractions, ImageSurvey, Items, Split, TrainingRoles, training_roles
 from osml_plugin.errors import OsmlError
+from osml_plugin.network import build_model
 from osml_plugin.pipeline import roles_of
-from osml_plugin.training import build_model, seed_everything
+from osml_plugin.training import seed_everything
 from osml_plugin.training_data import Shared, TrainingData
 
 FEWEST = 4

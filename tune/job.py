@@ -11,9 +11,9 @@ from typing import Any
 from osml_plugin.config import Config
 from osml_plugin.data import Items, Split, check_pictures, open_items, readable_items, tell_shared_files
 from osml_plugin.errors import OsmlError
+from osml_plugin.network import epochs
 from osml_plugin.pipeline import check_choices, sets_of, split_of, threshold_of
 from osml_plugin.schema import apply_override, checked, read_yaml
-from osml_plugin.training import epochs
 from osml_plugin.training_data import bit_depth_of
 
 from .asked import Asked

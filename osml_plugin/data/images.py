@@ -15,7 +15,6 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
 from torch.utils.data import Dataset
-from torchvision.transforms import v2
 
 from .. import UNKNOWN
 from ..errors import OsmlError, unknown_name
@@ -164,7 +163,9 @@ class ImageDataset(Dataset):
         if self.transform is not None:
             image = self.transform(image)
         if image.dtype != torch.float32:
-            image = v2.functional.to_dtype(image, torch.float32, scale=True)
+            from torchvision.transforms.v2.functional import to_dtype
+
+            image = to_dtype(image, torch.float32, scale=True)
         return image, self.labels[i]
 
 
@@ -179,7 +180,9 @@ def augmentation(spec: str | Sequence[Mapping], size: int) -> nn.Module:
     and crops, flips and tints larger ones (no hue: it costs more than all the others). Raises `OsmlError`.
     """
     if spec == "none":
-        return v2.Identity()
+        return nn.Identity()
+    from torchvision.transforms import v2  # takes longer than torch; reading and recognizing images do without it
+
     if spec == "auto" and size <= SMALL:
         return v2.RandomCrop(size, padding=max(1, size // 8), padding_mode="edge")
     if spec == "auto":
@@ -195,6 +198,8 @@ def augmentation(spec: str | Sequence[Mapping], size: int) -> nn.Module:
 def _transform(entry: Mapping) -> nn.Module:
     if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
         raise OsmlError(f'an augmentation is {{"name": <class of torchvision.transforms.v2>, ...}}, not {entry!r}')
+    from torchvision.transforms import v2
+
     classes = {name: cls for name, cls in vars(v2).items() if inspect.isclass(cls) and issubclass(cls, v2.Transform)}
     name, arguments = entry["name"], {key: value for key, value in entry.items() if key != "name"}
     if name not in classes:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -13,8 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from ..checks import check_embeddings
 from ..errors import OsmlError
 from ..names import item_labels
+from ..presence import KINDS, check_source
 from .folders import (
     IMAGE_SUFFIXES,
     UNREAD_PICTURES,
@@ -26,11 +30,7 @@ from .folders import (
     subfolders,
 )
 from .items import ROLES, Items
-
-KINDS = (
-    "a folder of class folders with images, a .csv or .parquet manifest (path,label[,role]), "
-    "or a .npz or .safetensors file of embeddings"
-)
+from .tables import read_table
 
 
 def open_items(path: str | Path, *, labelled: bool = True) -> Items:
@@ -51,8 +51,7 @@ def open_items(path: str | Path, *, labelled: bool = True) -> Items:
     """
     path = Path(path)
     suffix = path.suffix.lower()
-    if not path.exists():
-        raise OsmlError(f"no file or folder '{path}'; expected {KINDS}")
+    check_source(path)
     if path.is_dir():
         return _open_folder(path, labelled)
     if is_special(path):
@@ -156,11 +155,12 @@ def _no_images(what: str, left_out: LeftOut) -> str:
 
 
 def _open_manifest(file: Path, labelled: bool) -> Items:
-    columns = _read_table(file)
+    columns = read_table(file)
     needed = ("path", "label") if labelled else ("path",)
     if missing := [name for name in needed if name not in columns]:
         raise OsmlError(
-            f"manifest '{file}' has no column '{missing[0]}'; it has {_listing(columns)}, expected path,label[,role]"
+            f"manifest '{file}' has no column '{missing[0]}'; it has {_listing(columns)}, expected path,label[,role] "
+            "in its first line"
         )
     if "role" not in columns and (wrong := [c for c in columns if c.lower() in ("role", "roles", "split")]):
         raise OsmlError(f"manifest '{file}' has a column '{wrong[0]}' but none 'role'; rename or drop it")
@@ -176,33 +176,10 @@ def _open_manifest(file: Path, labelled: bool) -> Items:
         raise OsmlError(
             f"manifest '{file}' names {len(absent)} of {len(paths)} files that are not there, the first is "
             f"'{absent[0]}'; paths are relative to the manifest's folder"
+            + (", and written with / in place of \\" if "\\" in absent[0].name else "")
         )
     labels, roles = columns.get("label"), columns.get("role")
     return Items(labels and tuple(labels), paths, None, roles and _checked_roles(roles, file))
-
-
-def _read_table(file: Path) -> dict[str, list[str]]:
-    """The columns of a table, all as strings; empty cells are ''."""
-    try:
-        import pandas as pd
-
-        if file.suffix.lower() == ".csv":
-            # Without these pandas takes '01' for 1 and the classes 'NA' and 'null' for missing.
-            table = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-        else:
-            table = pd.read_parquet(file)
-            # Integers are stored as floats where another row is empty, or was once.
-            for name in table.select_dtypes("floating"):
-                values = table[name].dropna()
-                if ((values % 1 == 0) & (values.abs() < 2**53)).all():
-                    table[name] = table[name].astype("Int64")
-            table = table.astype(object)
-            table = table.where(table.notna(), "").astype(str)
-    except ImportError as error:
-        raise OsmlError(f"reading '{file}' needs pandas and pyarrow: pip install 'osml-plugin[manifest]'") from error
-    except (ValueError, OSError) as error:
-        raise OsmlError(f"cannot read the manifest '{file}': {_one_line(error)}") from error
-    return {str(name): table[name].tolist() for name in table.columns}
 
 
 # --- embeddings ------------------------------------------------------------------------------------------
@@ -211,7 +188,10 @@ def _read_table(file: Path) -> dict[str, list[str]]:
 def _open_embeddings(file: Path, labelled: bool) -> Items:
     arrays = (_read_npz if file.suffix.lower() == ".npz" else _read_safetensors)(file)
     if "embeddings" not in arrays:
-        raise OsmlError(f"'{file}' has no array 'embeddings'; it has {_listing(arrays)}")
+        raise OsmlError(
+            f"'{file}' has no array 'embeddings'; it has {_listing(arrays)}; save it under that name, such as "
+            "np.savez(file, embeddings=…, labels=…)"
+        )
     if labelled and "labels" not in arrays:
         raise OsmlError(f"'{file}' has no 'labels'; it has {_listing(arrays)}, expected one label a row")
     embeddings = _checked_embeddings(arrays["embeddings"], f"embeddings in '{file}'")
@@ -234,23 +214,39 @@ def _open_embeddings(file: Path, labelled: bool) -> Items:
 
 
 def _read_npz(file: Path) -> dict[str, np.ndarray]:
+    """The arrays of an archive by name; those that are none of `_ARRAYS` are not read, and None."""
     try:
+        if not zipfile.is_zipfile(file):
+            raise ValueError("it is no archive of arrays, or is cut off; write it by np.savez(file, embeddings=…)")
         with np.load(file, allow_pickle=False) as archive:
-            return dict(archive)
+            return {name: _member(archive, name) if name in _ARRAYS else None for name in archive.files}
     except Exception as error:  # zipfile, zlib and numpy each have their own
         raise OsmlError(f"cannot read '{file}' as .npz: {_one_line(error)}") from error
+
+
+def _member(archive: Any, name: str) -> np.ndarray:
+    try:
+        return archive[name]
+    except ValueError as error:
+        if "pickle" not in str(error):
+            raise
+        raise ValueError(
+            f"'{name}' is an array of Python objects, which are never unpickled; save it as text or numbers, such as "
+            "np.array(values, dtype=str)"
+        ) from error
 
 
 def _read_safetensors(file: Path) -> dict[str, np.ndarray]:
     try:
         with safe_open(file, framework="pt") as archive:
-            tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
+            names = archive.keys()
+            tensors = {name: archive.get_tensor(name) for name in names if name in _ARRAYS}
             metadata = archive.metadata() or {}
         lists = {name: np.array(json.loads(metadata[name])) for name in _LISTS if name in metadata}
     except (SafetensorError, OSError, ValueError) as error:
         raise OsmlError(f"cannot read '{file}' as .safetensors: {_one_line(error)}") from error
-    # NumPy has no bfloat16.
-    arrays = {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in tensors.items()}
+    arrays = {name: None for name in names}
+    arrays |= {name: (t.float() if t.dtype in _NOT_IN_NUMPY else t).numpy() for name, t in tensors.items()}
     names = lists.pop("class_names", None)
     if names is not None and "labels" in arrays:
         labels = arrays["labels"]
@@ -260,7 +256,9 @@ def _read_safetensors(file: Path) -> dict[str, np.ndarray]:
     return arrays | lists
 
 
+_ARRAYS = ("embeddings", "labels", "roles", "paths")
 _LISTS = ("class_names", "roles", "paths")
+_NOT_IN_NUMPY = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def write_embeddings(
@@ -335,15 +333,7 @@ def _checked_embeddings(array: np.ndarray, what: str) -> np.ndarray:
     """`(N, D)` float32, finite, N and D at least 1."""
     if array.ndim != 2 or 0 in array.shape or array.dtype.kind != "f":
         raise OsmlError(f"{what}: shape {array.shape} of {array.dtype}; expected (N, D) floating point")
-    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite and caught below
-        array = np.ascontiguousarray(array, dtype=np.float32)
-    finite = np.isfinite(array).all(axis=1)
-    if not finite.all():
-        raise OsmlError(
-            f"{what}: NaN or infinity in {(~finite).sum()} of {len(array)} rows, the first is row "
-            f"{np.flatnonzero(~finite)[0]}; expected finite float32"
-        )
-    return array
+    return np.ascontiguousarray(check_embeddings(array, what).numpy())
 
 
 def _strings(array: np.ndarray, what: str) -> list[str]:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import UNKNOWN
+from ..checks import check_embeddings, check_range, check_references
 from ..errors import OsmlError
 from ..neighbors import NeighborIndex
 from ..registry import Named, Registry, refusing
@@ -302,7 +303,7 @@ def fit_together(
 ) -> None:
     """`Detector.fit` of one or more of a family."""
     index = embeddings if isinstance(embeddings, NeighborIndex) else None
-    embeddings = check_embeddings(embeddings if index is None else index.references)
+    embeddings = check_references(embeddings if index is None else index.references)
     present = None if index is None else index.present
     labels = check_labels(labels, embeddings, present)
     known = labels if present is None else labels[present]
@@ -350,30 +351,6 @@ def predict_together(detectors: Sequence[Detector], embeddings: ArrayLike) -> li
     return found
 
 
-def check_embeddings(embeddings: ArrayLike) -> Tensor:
-    """`(N, D)` finite floats as a float32 tensor; OsmlError says what is wrong with anything else."""
-    try:
-        embeddings = torch.as_tensor(embeddings).detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise OsmlError(
-            f"embeddings must be numbers of shape (items, width): {' '.join(str(error).split())}"
-        ) from error
-    if embeddings.ndim != 2 or embeddings.shape[1] == 0:
-        raise OsmlError(f"embeddings must be of shape (items, width); got {tuple(embeddings.shape)}")
-    if not embeddings.is_floating_point():
-        raise OsmlError(f"embeddings must be floating point; got {embeddings.dtype}")
-    embeddings = embeddings.float()
-    if embeddings.sum().isfinite():  # then all are, which is seen without a tensor of their size
-        return embeddings
-    bad = ~embeddings.isfinite().all(dim=1)
-    if bad.any():
-        raise OsmlError(
-            f"{int(bad.sum())} of {len(embeddings)} embeddings hold NaN or infinity, the first in row "
-            f"{int(bad.nonzero()[0])}: leave them out, or look at the network that made them"
-        )
-    return embeddings
-
-
 def check_width(embeddings: Tensor, detector: Detector) -> None:
     if embeddings.shape[1] != detector.width:
         raise OsmlError(
@@ -419,6 +396,7 @@ def check_class_weights(weights: ArrayLike, n_classes: int, embeddings: Tensor) 
             f"class weights of {int(bad.sum())} of {n_classes} classes hold NaN or infinity, the first in row "
             f"{int(bad.nonzero()[0])}: look at the loss that they are of"
         )
+    check_range(weights, "class weights")
     return weights.contiguous()  # so that a file, which always is, gives the very same scores
 
 

@@ -7,8 +7,6 @@ import warnings
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.mixture import GaussianMixture
 from torch import Tensor
 from tqdm import tqdm
 
@@ -78,6 +76,9 @@ class GMM(Detector, name="gmm"):
         n = self.n_components if self.n_components == 1 else min(self.n_components, len(x.unique(dim=0)))
         if n == 1:
             return torch.ones_like(x[:, :1])
+        from sklearn.exceptions import ConvergenceWarning  # here, for it takes a second and no other detector needs it
+        from sklearn.mixture import GaussianMixture
+
         # In an order of their own, so that EM starts the same whatever order they come in.
         order = np.lexsort(x.T.cpu().numpy())
         ordered = x.cpu().numpy()[order]

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from ..checks import check_rows
 from ..errors import OsmlError
 from ..metrics.checks import check_vector
 from ..registry import refusing
@@ -18,17 +19,10 @@ HIGHEST_SEED = 2**31
 
 def unit_rows(embeddings: ArrayLike | torch.Tensor, name: str) -> np.ndarray:
     """`embeddings` as float32 unit vectors `(N, D)` on the CPU."""
-    if isinstance(embeddings, torch.Tensor):
-        embeddings = embeddings.detach().cpu().double().numpy()
-    try:
-        rows = np.asarray(embeddings, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise OsmlError(f"{name} must be numbers of shape (N, D): {error}") from error
-    if rows.ndim != 2 or 0 in rows.shape:
-        raise OsmlError(f"{name} must have shape (N, D), at least one item, but has shape {rows.shape}")
+    rows = check_rows(embeddings, name, whole=True).cpu().double().numpy()
+    if not len(rows):
+        raise OsmlError(f"{name} must be of shape (items, width), at least one item; got {rows.shape}")
     length = np.linalg.norm(rows, axis=1, keepdims=True)
-    if not np.isfinite(length).all():
-        raise OsmlError(f"{name} has NaN or infinite values: leave out those items, or repair the model")
     if not length.all():
         raise OsmlError(f"{name} has rows of zeros, which have no direction: leave out those items")
     return (rows / length).astype(np.float32)

@@ -8,7 +8,6 @@ from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import beta
 
 from ..errors import OsmlError
 from .base import Threshold, checked_rate, checked_scores
@@ -178,4 +177,6 @@ def guarantee(n: int, alpha: float, *, confidence: float = 0.95) -> Guarantee:
     rank = conformal_rank(n, alpha)
     if rank > n:
         return Guarantee(alpha, n, 0.0, 0.0)
+    from scipy.stats import beta  # a second of imports, which recognizing does without
+
     return Guarantee(alpha, n, (n + 1 - rank) / (n + 1), float(beta.ppf(confidence, n + 1 - rank, rank)))

@@ -8,9 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.optimize import brentq
-from scipy.special import xlogy
-from scipy.stats import norm
 
 from ..registry import checked_count
 from .base import checked_p_values, checked_rate
@@ -79,6 +76,8 @@ def drift(
     Raises:
         OsmlError: for p-values outside (0, 1] or of another shape, and for rates outside (0, 1).
     """
+    from scipy.special import ndtri, xlogy  # not with the module: most who import it never ask for drift
+
     alpha, above = checked_rate("alpha", alpha), checked_rate("above", above)
     confidence = checked_rate("confidence", confidence)
     p = checked_p_values(p_values)
@@ -100,7 +99,7 @@ def drift(
     gamma = _rate(mean, length)
     # Above γ = 1 the variance at 1, which is larger: of few items the estimate's own would promise too much.
     spread = math.sqrt(_information(min(gamma, 1.0), length) * (1 / len(y) + variance_of_calibration))
-    half = norm.ppf((1 + confidence) / 2) * spread
+    half = ndtri((1 + confidence) / 2) * spread
     low, high = alpha ** _rate(mean - half, length), alpha ** _rate(mean + half, length)
     return Drift(len(y), gamma, alpha**gamma, (low, high), alpha, stale=low > alpha)
 
@@ -153,6 +152,8 @@ def _rate(mean: float, length: float) -> float:
         return math.inf
     if mean >= _mean(SMALLEST, length):
         return 0.0
+    from scipy.optimize import brentq
+
     return brentq(lambda gamma: _mean(gamma, length) - mean, SMALLEST, 2 / mean)  # E[y] < 1/γ
 
 

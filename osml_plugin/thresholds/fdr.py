@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import false_discovery_control
 
 from .base import checked_p_values, checked_rate
 
@@ -35,6 +34,8 @@ def select_unknown(p_values: ArrayLike, q: float, *, above: float | None = None)
     Raises:
         OsmlError: for p-values outside (0, 1] or of another shape, and for rates outside (0, 1).
     """
+    from scipy.stats import false_discovery_control  # a second of imports, which recognizing does without
+
     p, q = checked_p_values(p_values), checked_rate("q", q)
     if len(p) == 0:
         return np.zeros(0, dtype=bool)

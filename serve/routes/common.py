@@ -9,6 +9,7 @@ from fastapi import Depends, Header, HTTPException, Query, Request, Security
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from osml_plugin.checks import LARGEST
 from osml_plugin.errors import unknown_name
 
 from ..body import Schema, read_input
@@ -50,11 +51,6 @@ WRITE_PROBLEMS = PROBLEMS | {
     415: {"model": Problem, "description": "The body is compressed."},
     507: {"model": Problem, "description": "The disk of the store is full; nothing was changed."},
 }
-
-
-LARGEST = 1e9
-"""Far from any embedding, and its square is still a number in 32 bits: distances to it, and thresholds that are fitted
-with it, are finite."""
 
 
 async def service_of(request: Request) -> Service:
@@ -120,10 +116,10 @@ def _identified(request: Request, scope: Scope) -> str:
 
 
 async def items_of(request: Request, service: Service, schema: type[Schema]):
-    """What `read_input` gives; 422 where an embedding has a number that nobody could compute with."""
+    """What `read_input` gives; 422 where an embedding has a number that float32 cannot square."""
     contents, vectors, body = await read_input(request, service.config.limits, schema)
     if vectors is not None and np.abs(np.array(vectors)).max() > LARGEST:
-        raise HTTPException(422, f"an embedding has a number beyond {LARGEST:.0e}: expected what a network gives")
+        raise HTTPException(422, f"an embedding has a number beyond {LARGEST:.0e}: float32 cannot square it")
     return contents, vectors, body
 
 
