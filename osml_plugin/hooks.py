@@ -67,6 +67,7 @@ class OpenSetHook:
         self.unit_norm, self.batch_size, self.workers = unit_norm, batch_size, workers
         self.reader = BatchReader(data_and_label_getter, label_hierarchy_level)
         self.collate_fn = collate_fn
+        self._trainer: BaseTrainer | None = None  # the last that called: it reads batches where the hook does not
         self.history: list[dict[str, Any]] = []
         self.best_epoch: int | None = None
         self._best_state: dict[str, torch.Tensor] | None = None
@@ -74,7 +75,8 @@ class OpenSetHook:
     def __call__(self, trainer) -> bool:
         """Called by the trainer; False tells it to stop."""
         model = EmbeddingModel(trainer.models["trunk"], trainer.models["embedder"], self.unit_norm).eval()
-        metrics = self.evaluate(model, trainer.data_device, trainer)
+        self._trainer = trainer
+        metrics = self.evaluate(model, trainer.data_device)
         value = getattr(metrics, self.metric)
         if isnan(value):
             raise OsmlError(
@@ -90,16 +92,14 @@ class OpenSetHook:
                 self._best_state = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
         return self.patience is None or len(self.history) - 1 - self.best_epoch < self.patience
 
-    def evaluate(
-        self, model: nn.Module, device: torch.device | str | None = None, trainer: BaseTrainer | None = None
-    ) -> OpenSetMetrics:
-        """The metrics of a model as it is now; `trainer` is one that says how batches are read where the hook does not.
+    def evaluate(self, model: nn.Module, device: torch.device | str | None = None) -> OpenSetMetrics:
+        """The metrics of a model as it is now.
 
         Raises:
             OsmlError: for batches that cannot be read so, and labels that are missing or NaN.
         """
-        embeddings, labels = self._embed(model, self.reference, device, trainer)
-        queries, query_labels = self._embed(model, self.validation, device, trainer)
+        embeddings, labels = self._embed(model, self.reference, device)
+        queries, query_labels = self._embed(model, self.validation, device)
         labels, query_labels = numbered(labels, query_labels)
         classes, of_reference = KnownClasses.of(labels)
         known = of_reference != UNKNOWN
@@ -107,10 +107,10 @@ class OpenSetHook:
         return open_set_metrics(scores, classes.truth(query_labels, predicted), predicted)
 
     def _embed(
-        self, model: nn.Module, dataset: Dataset, device: torch.device | str | None, trainer: BaseTrainer | None
+        self, model: nn.Module, dataset: Dataset, device: torch.device | str | None
     ) -> tuple[Tensor, Tensor | np.ndarray]:
         def of_trainer(setting: str, own: Any = None) -> Any:
-            return getattr(trainer, setting, None) if own is None else own
+            return getattr(self._trainer, setting, None) if own is None else own
 
         getter = of_trainer("data_and_label_getter", self.reader.getter)
         level = of_trainer("label_hierarchy_level", self.reader.level)
