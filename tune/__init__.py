@@ -6,10 +6,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and type checkers; at run time `_WHERE` is read
+    from .job import prepare, settings_of
     from .promotion import promote, rollback
     from .settings import SweepConfig
     from .space import Space
-    from .sweeping import prepare, settings_of, sweep
+    from .sweeping import sweep
     from .tuner import make_tuner
 
 _WHERE = {
