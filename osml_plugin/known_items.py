@@ -134,10 +134,11 @@ def _distinct(
 
 
 def _check_unseen(role: str, items: LabelledEmbeddings, seen: np.ndarray, references: LabelledEmbeddings) -> None:
-    """Raise `OsmlError` where half of a role's known items or more are near-copies of references."""
+    """Raise `OsmlError` where half of the calibration items, or all known validation items, are near-copies of
+    references."""
     known = np.isin(items.names, list(set(references.names)))
     n_known, n_seen = int(known.sum()), int((seen & known).sum())
-    if n_seen and 2 * n_seen >= n_known:
+    if n_seen and n_seen >= (n_known / 2 if role == "calibration" else n_known):
         instead = " leave calibration out to have a fifth of the references set aside," if role == "calibration" else ""
         raise OsmlError(
             f"{n_seen} of {n_known} {'known ' if role == 'validation' else ''}{role} items are near-copies of "
