@@ -27,9 +27,9 @@ LEFT_OUT = -1
 TOO_FEW = -2
 
 
-def new_groups(groups: np.ndarray, pool: Pool, in_gallery: np.ndarray) -> np.ndarray:
+def new_groups(groups: np.ndarray, pool: Pool, in_gallery: np.ndarray, fewest: int = FEWEST) -> np.ndarray:
     """The groups of the unknown items `(N,)` from 0; −1 for those of no group, and where known ones lie; −2 for groups
-    of fewer than `FEWEST` items.
+    of fewer than `fewest` items.
 
     Shares are compared as well as numbers: there may be many more known items than unknown ones, or fewer. Copies count
     once.
@@ -47,7 +47,7 @@ def new_groups(groups: np.ndarray, pool: Pool, in_gallery: np.ndarray) -> np.nda
     unknown, known, gallery = map(sizes, (pool.of_item, pool.of_known, pool.of_known[in_gallery]))
     frequent = (known > 1) & (_share(known) > AT_HOME * _share(unknown))
     new = (unknown > 0) & (AT_HOME * unknown > gallery) & ~frequent
-    few = new & (len(pool.of_known) > 0) & (unknown + known < FEWEST)
+    few = new & (len(pool.of_known) > 0) & (unknown + known < fewest)
     new &= ~few
     number = np.where(new, np.cumsum(new) - 1, np.where(few, TOO_FEW, LEFT_OUT))
     return np.append(number, LEFT_OUT)[groups[pool.of_item]]

@@ -23,6 +23,7 @@ MATCHED = 0.5
 """Groups and classes are of about one size if these have at least this share of the items of those."""
 STEPS = 3
 """How often the number of groups, and so their size, is corrected."""
+BY_HAND = "given granularity"
 DRAWS, DRAWN = 5, 30_000
 """How many thinned pools are grouped for a number, and the most items of all of them together; but one at least."""
 WHOLE = 0.5
@@ -156,7 +157,7 @@ def by_hand(
     chosen = int(np.abs(np.array(granularities) - wanted).argmin())
     counts = np.array([counted(groups, pool) for groups in ladder])
     whole = Ladder(granularities, ladder, counts, chosen, np.array([chosen]), np.zeros(len(ladder)))
-    return whole.taken(chosen, whole.span, "given granularity")
+    return whole.taken(chosen, whole.span, BY_HAND)
 
 
 def by_number(way: Method, pool: Pool, seed: int, progress: Callable[[float], None], number: int) -> Choice:

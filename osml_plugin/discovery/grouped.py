@@ -9,9 +9,9 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from ..errors import OsmlError
-from .at_home import LEFT_OUT, TOO_FEW, all_known, new_groups, with_company
+from .at_home import FEWEST, LEFT_OUT, TOO_FEW, all_known, new_groups, with_company
 from .constraints import enforce
-from .granularity import Choice, Counted, alone, by_number, climbed, merge, split
+from .granularity import BY_HAND, Choice, Counted, alone, by_number, climbed, merge, split
 from .graph import own_share
 from .methods import Method
 from .pool import Pool
@@ -39,7 +39,9 @@ class Grouped:
 
 def as_chosen(choice: Choice, pool: Pool, in_gallery: np.ndarray, seed: int) -> Grouped:
     """The groups of a choice without those where known items lie, each link of a person kept."""
-    new = with_company(all_known(new_groups(choice.groups, pool, in_gallery), pool, in_gallery), pool, seed)
+    fewest = 1 if choice.source == BY_HAND else FEWEST  # a person who asks for fine groups gets them
+    new = new_groups(choice.groups, pool, in_gallery, fewest)
+    new = with_company(all_known(new, pool, in_gallery), pool, seed)
     too_few, new = new == TOO_FEW, new.clip(LEFT_OUT)
     labels = enforce(pool.graph, pool.of_item, new, pool.links)
     groups = alone(choice.groups)

@@ -33,6 +33,9 @@ class Pool:
     """`(K,)` int64 in 0 … C−1: the class of each known item."""
     links: Constraints
     """What a person said of pairs of the unknown items."""
+    unit: np.ndarray | None = None
+    """`(M, D)` the nodes before whitening, where distances are measured: a few known items, which whitening was
+    made from, lie nearer to one another after it than new items of their classes do. None: as `nodes`."""
 
     @staticmethod
     def of(items: np.ndarray, known: np.ndarray, classes: np.ndarray, links: Constraints | None = None) -> Pool:
@@ -50,8 +53,9 @@ class Pool:
         nodes, of_node = one_of_each(nodes, tight_sets(nodes, of_known, Distances.of(nodes, of_known, classes)))
         node = of_node[node]
         of_item, of_known = node[: len(items)], node[len(items) :]
+        unit = nodes
         nodes = whitened(nodes, nodes[of_known], classes)
-        return Pool(nodes, of_item, of_known, classes, links or Constraints.of(None, None, len(items)))
+        return Pool(nodes, of_item, of_known, classes, links or Constraints.of(None, None, len(items)), unit)
 
     def only(self, kept: np.ndarray) -> Pool:
         """The unknown items that are `kept` `(N,)` bool, where they are, and no known ones."""
@@ -66,7 +70,8 @@ class Pool:
         kept = self.of_item[drawn <= max(share, drawn.min())]
         used, node = np.unique(np.concatenate([kept, self.of_known]), return_inverse=True)
         links = Constraints.of(None, None, len(kept))
-        return Pool(self.nodes[used], node[: len(kept)], node[len(kept) :], self.classes, links)
+        unit = None if self.unit is None else self.unit[used]
+        return Pool(self.nodes[used], node[: len(kept)], node[len(kept) :], self.classes, links, unit)
 
     @property
     def graph(self) -> csr_matrix:
@@ -81,12 +86,9 @@ class Pool:
     @cached_property
     def _linked(self) -> tuple[csr_matrix, np.ndarray]:
         """Made once, for every method and every granularity."""
-        return joined_by_class(
-            neighbor_graph(self.nodes),
-            self.nodes,
-            self.of_known,
-            Distances.of(self.nodes, self.of_known, self.classes),
-        )
+        unit = self.nodes if self.unit is None else self.unit
+        distances = Distances.of(unit, self.of_known, self.classes)
+        return joined_by_class(neighbor_graph(self.nodes), unit, self.of_known, distances)
 
     @cached_property
     def joined(self) -> tuple[csr_matrix, np.ndarray]:
