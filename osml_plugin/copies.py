@@ -7,7 +7,7 @@ so that other sources of the same relation, such as groups that a user names, ca
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -17,12 +17,21 @@ from .neighbors import NeighborIndex
 
 NEAR = 0.2
 """Share of a class's width above which no two items are near-copies, however clear the gap around them."""
-CHANCE = 1e-3
-"""Expected number of independent items, in the whole data set, that are taken for near-copies."""
+STEP = 1.5
+"""Least ratio of the distances behind and in front of a gap. At the edge of a cluster, where items become few, smaller
+gaps are no accidents and tell nothing of copies."""
+CHANCE = 1e-2
+"""Share of accidents among the gaps that are taken for the edge of a set of near-copies."""
 RANKS = 24
-"""Nearest items of the class among which a gap is looked for."""
-NARROW = 0.1
+"""Nearest items of the class among which a gap is looked for; where copies fill them all, among all of the class."""
+NARROW = 0.3
 """Least width of a class, in widths of the typical class: a class of copies alone has no width of its own."""
+BURST = 0.07
+"""Share of its width that a class is in which all items are one: then it is far narrower than `NARROW`."""
+LOWEST = 4.0
+"""Dimension where every class is too small to tell it; a low one takes little for copies."""
+ACROSS = 0.25
+"""Share of the radius of near-copies in one class that is left for items of two classes, of which there are more."""
 ROUNDING = 4e-6
 """Distance, in lengths of the item, that rounding to float32 explains."""
 LINKED = 8
@@ -31,29 +40,20 @@ EXACT_UP_TO = 20_000
 """Items up to which all are compared with all; beyond it only with those in the nearest cells."""
 PAIRS = 400
 """Pairs drawn to measure a class; more would not change its width."""
-
-
-@dataclass(frozen=True)
-class Width:
-    """Width of one class: the upper quartile of the distances between its items, and what they tell of dimension."""
-
-    distance: float
-    spread: float
-    """Standard deviation of the logarithm of the distances, from their upper half."""
+ANCHORS = 64
+"""Items of a class, of those with more than `RANKS` near items, that are compared with all of it."""
 
 
 def copy_sets(embeddings: ArrayLike | torch.Tensor, labels: ArrayLike) -> np.ndarray:
     """Number the sets of near-copies: items of one set have one number, and an item without copies is alone in its set.
 
-    Two rules find them, both with distances that the data set themselves:
+    The distances r₁ ≤ r₂ ≤ … of an item to the others of its class grow without gaps: where items are independent and
+    m is the dimension around the item, j·m·log(r_{j+1} / r_j) is standard exponential (Rényi 1953, of the volumes r^m).
+    Gaps too large for that, at a false discovery rate of `CHANCE`, end sets of near-copies. A set is never wider than
+    `NEAR` widths of its class. A class that is far narrower than the others altogether is one item.
 
-    - The number of independent items of a class within r of each other grows as r^m, m being the dimension of the
-      class. Pairs so close that fewer than `CHANCE` of them are expected are near-copies (`radii`).
-    - The distances r₁ ≤ r₂ ≤ … of an item to its neighbors grow without gaps: j·m·log(r_{j+1} / r_j) is standard
-      exponential where items are independent (Rényi's representation of the volumes r^m). A gap that has a chance below
-      `CHANCE` in the whole data set ends a set of near-copies.
-
-    Items of different classes are near-copies by the first rule alone, with the smaller radius of the two classes.
+    Items of different classes are near-copies where they are far nearer than any two different items of either class
+    (`ACROSS` of `radii`).
 
     Args:
         embeddings: `(N, D)` finite.
@@ -65,15 +65,17 @@ def copy_sets(embeddings: ArrayLike | torch.Tensor, labels: ArrayLike) -> np.nda
     items, classes = _items(embeddings), np.unique(np.asarray(labels), return_inverse=True)[1]
     if len(items) < 2:
         return np.zeros(len(items), dtype=np.int64)
-    radius = radii(items, classes)
     of_class = np.split(np.argsort(classes, kind="stable"), np.cumsum(np.bincount(classes))[:-1])
-    reach = np.maximum(radius, _gaps(items, of_class, len(items)))
-    within = [(members[a], members[b]) for members in of_class for a, b in [_links(items[members], reach[members])]]
-    sets = _components(len(items), within)
+    widths = _widths(items, of_class)
+    reach = np.maximum(_gaps(items, of_class, widths), _rounding(items))
+    links = [(members[a], members[b]) for members in of_class for a, b in [_links(items[members], reach[members])]]
+    bursts = [members for members, width in zip(of_class, widths, strict=True) if _is_burst(items[members], width)]
+    sets = _components(len(items), [*links, *((members, members[:1].repeat(len(members))) for members in bursts)])
     # One item of each set is enough to find its copies in other classes.
     first = representatives(sets)
-    a, b = _links(items[first], radius[first])
-    return joined(sets, _components(len(items), [*within, (first[a], first[b])]))
+    radius = radii(items[first], classes[first], width_of=dict(enumerate(widths)))
+    a, b = _links(items[first], np.maximum(ACROSS * radius, _rounding(items[first])))
+    return joined(sets, _components(len(items), [(first[a], first[b])]))
 
 
 def sets_within(embeddings: ArrayLike | torch.Tensor, radius: float | np.ndarray) -> np.ndarray:
@@ -121,42 +123,32 @@ def new_items(embeddings: torch.Tensor, references: torch.Tensor, radius: float)
     return torch.cat([candidates[~crowded], torch.tensor(taken, dtype=torch.int64)]).sort().values
 
 
-def radii(embeddings: ArrayLike | torch.Tensor, labels: ArrayLike) -> np.ndarray:
-    """Distance `(N,)` below which another item of the class is a near-copy, by the first rule of `copy_sets`.
-
-    It is never above `NEAR` widths of the class, and 0 but for rounding where no class has three items.
-    """
-    items, classes = _items(embeddings), np.unique(np.asarray(labels), return_inverse=True)[1]
-    sizes = np.bincount(classes)
-    return np.maximum(_class_radii(items, classes, sizes)[classes], _rounding(items))
-
-
-def seen_radii(embeddings: ArrayLike | torch.Tensor, labels: ArrayLike, sets: np.ndarray) -> np.ndarray:
-    """Distance `(N,)` within which an item that comes later is a near-copy of one of these: the radius of its class, or
-    half the least distance between two different items of it, whichever is larger.
+def radii(
+    embeddings: ArrayLike | torch.Tensor, labels: ArrayLike, *, width_of: Mapping[int, float] | None = None
+) -> np.ndarray:
+    """Distance `(N,)` within which an item that comes later is a near-copy of one of these different items: half the
+    least distance between two of its class, and no more than `NEAR` widths of the class.
 
     An independent item lies that near with a chance of about 2^−m of what made the closest pair.
 
     Args:
-        sets: `(N,)` near-copies among these, as `copy_sets` gives them.
+        width_of: width of each class, by its place among the sorted labels; None = measured.
     """
     items, classes = _items(embeddings), np.unique(np.asarray(labels), return_inverse=True)[1]
-    found = radii(items, classes)
-    for c in range(int(classes.max(initial=-1)) + 1):
-        members = np.flatnonzero(classes == c)
-        width, first = _width(items[members]), members[representatives(sets[members])]
-        if width is not None and len(first) > 2:
-            least = min(_nearest(items[first], 1)[0].min() / 2, NEAR * width.distance)
-            found[members] = np.maximum(found[members], least)
+    found = _rounding(items)
+    of_class = np.split(np.argsort(classes, kind="stable"), np.cumsum(np.bincount(classes))[:-1])
+    widths = _widths(items, of_class) if width_of is None else [width_of[c] for c in range(len(of_class))]
+    for members, width in zip(of_class, widths, strict=True):
+        # A class of one item is taken for as narrow as classes come.
+        least = _nearest(items[members], 1)[0].min() / 2 if len(members) > 1 else BURST * width
+        found[members] = np.maximum(found[members], min(least, NEAR * width))
     return found
 
 
 def copy_radius(embeddings: ArrayLike | torch.Tensor, labels: ArrayLike) -> float:
-    """Distance below which items of a class that is not here yet are near-copies: that of the narrowest class among
-    these items `(N, D)` with labels `(N,)`, since a new class may be as narrow."""
-    items, classes = _items(embeddings), np.unique(np.asarray(labels), return_inverse=True)[1]
-    found = _class_radii(items, classes, np.bincount(classes))
-    return float(max(found.min(), np.median(_rounding(items))))
+    """Distance within which items of a class that is not here yet are near-copies: the least of `radii` among these
+    different items `(N, D)` with labels `(N,)`, since a new class may be as narrow; 0 for no items."""
+    return float(radii(embeddings, labels).min(initial=np.inf)) if len(labels) else 0.0
 
 
 def _items(embeddings: ArrayLike | torch.Tensor) -> np.ndarray:
@@ -169,53 +161,80 @@ def _rounding(items: np.ndarray) -> np.ndarray:
     return ROUNDING * np.linalg.norm(items, axis=1)
 
 
-def _class_radii(items: np.ndarray, classes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Radius `(C,)` of each class."""
-    widths = [_width(items[classes == c]) for c in range(len(sizes))]
-    spreads = [w.spread for w in widths if w is not None and w.spread > 0]
-    if not spreads:
-        return np.zeros(len(sizes))
-    dimension = 1 / (2 * float(np.median(spreads)) ** 2)
-    typical = float(np.median([w.distance for w in widths if w is not None]))
-    width = np.array([typical * NARROW if w is None else max(w.distance, NARROW * typical) for w in widths])
-    # n² / 2 pairs, three quarters of them within the width: so many within r are CHANCE on average.
-    expected = 0.375 * np.maximum(sizes, 3.0) ** 2
-    return width * np.minimum((CHANCE / len(sizes) / expected) ** (1 / dimension), NEAR)
+def _widths(items: np.ndarray, of_class: list[np.ndarray]) -> list[float]:
+    """Width of each class: the upper quartile of the distances between its items, and no less than `NARROW` of the
+    typical class's; 0 where no class has two different items."""
+    own = [_width(items[members]) for members in of_class]
+    typical = float(np.median([width for width in own if width > 0] or [0.0]))
+    return [max(width, NARROW * typical) for width in own]
 
 
-def _width(items: np.ndarray) -> Width | None:
-    """Width of the class of these items; None for fewer than three, or where most are copies of one."""
-    if len(items) < 3:
-        return None
-    draw = np.random.default_rng(0)
-    a, b = draw.integers(len(items), size=(2, PAIRS))
-    distances = np.linalg.norm(items[a[a != b]].astype(np.float64) - items[b[a != b]], axis=1)
-    middle, upper = np.quantile(distances, [0.5, 0.75])
-    if middle <= ROUNDING * np.linalg.norm(items[0]):
-        return None
-    return Width(float(upper), float(np.log(upper / middle)) / 0.6745)
+def _width(items: np.ndarray) -> float:
+    if len(items) < 2:
+        return 0.0
+    few = len(items) * (len(items) - 1) <= 2 * PAIRS
+    a, b = np.triu_indices(len(items), 1) if few else np.random.default_rng(0).integers(len(items), size=(2, PAIRS))
+    return float(np.quantile(_distances(items, a[a != b], b[a != b]), 0.75))
 
 
-def _gaps(items: np.ndarray, of_class: list[np.ndarray], n_items: int) -> np.ndarray:
-    """Distance `(N,)` of each item to the last of its near-copies, by the second rule; 0 where there is no gap."""
-    reach = np.zeros(n_items)
-    near = {c: _ranked(items[members]) for c, members in enumerate(of_class) if len(members) > 4}
-    dimensions = [_dimensions(ranked) for ranked in near.values() if ranked.shape[1] >= 8]
-    if not sum(map(len, dimensions)):
-        return reach
-    dimension = float(np.median(np.concatenate(dimensions)))
-    least = np.log(n_items * RANKS / CHANCE)
-    for c, ranked in near.items():
-        width = _width(items[of_class[c]])
-        if width is None:
-            continue
-        rank = np.arange(1, ranked.shape[1])
-        gap = np.log(np.maximum(ranked[:, 1:], 1e-30) / np.maximum(ranked[:, :-1], 1e-30))
-        ends = (rank * dimension * gap > least) & (ranked[:, :-1] <= NEAR * width.distance)
-        last = ranked.shape[1] - 2 - ends[:, ::-1].argmax(axis=1)
-        found = ends.any(axis=1)
-        reach[of_class[c][found]] = ranked[found, last[found]] * (1 + 1e-6)
+def _is_burst(items: np.ndarray, width: float) -> bool:
+    """True where a class is so narrow, beside others, that all of it is one item."""
+    from_first = _distances(items, np.zeros(len(items), dtype=np.int64), np.arange(len(items)))
+    return len(items) > 1 and bool(from_first.max() <= BURST * width)
+
+
+def _gaps(items: np.ndarray, of_class: list[np.ndarray], widths: list[float]) -> np.ndarray:
+    """Distance `(N,)` of each item to the last of its near-copies; 0 where there is no gap."""
+    reach = np.zeros(len(items))
+    ranked = {c: _ranked(items[members]) for c, members in enumerate(of_class) if len(members) > 2}
+    dimension = _dimension(list(ranked.values()))
+    surprises = {c: _surprises(of, dimension, NEAR * widths[c]) for c, of in ranked.items()}
+    least = _least_surprise(np.concatenate([s.ravel() for s in surprises.values()] or [reach[:0]]), len(items))
+    for c, members in enumerate(of_class):
+        if c in ranked:
+            reach[members] = _last(ranked[c], surprises[c] >= least)
+            crowded = members[(ranked[c][:, -1] <= NEAR * widths[c]) & (len(members) - 1 > ranked[c].shape[1])]
+            if len(crowded):
+                reach[crowded] = np.maximum(reach[crowded], _far_gap(items, members, crowded, dimension, widths[c]))
     return reach
+
+
+def _far_gap(
+    items: np.ndarray, members: np.ndarray, crowded: np.ndarray, dimension: float, width: float
+) -> np.ndarray | float:
+    """The same for items with more than `RANKS` near-copies: some of them are compared with all of the class."""
+    anchors = crowded if len(crowded) <= ANCHORS else np.random.default_rng(0).permutation(crowded)[:ANCHORS]
+    profile = np.stack([np.sort(_distances(items, np.full(len(members), i), members))[1:] for i in anchors])
+    found = _last(profile, _surprises(profile, dimension, NEAR * width) >= np.log(len(items) / CHANCE))
+    if len(anchors) == len(crowded):
+        return found
+    return float(np.median(found[found > 0])) if (found > 0).any() else 0.0
+
+
+def _surprises(ranked: np.ndarray, dimension: float, near: float) -> np.ndarray:
+    """Surprise −log (p / w) of each gap `(n, k − 1)` behind the j-th of the ranked distances `(n, k)`; 0 where that
+    distance is above `near`, and for gaps below `STEP`. The weights w = 6 / (π j)² share an item's one test among its
+    ranks."""
+    gap = np.log(np.maximum(ranked[:, 1:], 1e-30) / np.maximum(ranked[:, :-1], 1e-30))
+    counts, rank = (ranked[:, :-1] <= near) & (gap >= np.log(STEP)), np.arange(1, ranked.shape[1])
+    return np.where(counts, rank * dimension * gap - np.log(np.pi**2 / 6 * rank**2), 0)
+
+
+def _last(ranked: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Distance `(n,)` in front of the last gap that ends a set, a trifle more for rounding; 0 where none does."""
+    if not ends.shape[1]:
+        return np.zeros(len(ranked))
+    last = ends.shape[1] - 1 - ends[:, ::-1].argmax(axis=1)
+    return np.where(ends.any(axis=1), ranked[np.arange(len(ranked)), last] * (1 + 1e-6), 0)
+
+
+def _least_surprise(surprises: np.ndarray, n_tests: int) -> float:
+    """Surprise above which gaps are no accidents, at a false discovery rate of `CHANCE` (Benjamini & Hochberg 1995,
+    with weights: Genovese et al. 2006): where many items have a copy, a smaller gap is enough; infinite where none is
+    surprising."""
+    falling = np.sort(surprises)[::-1]
+    enough = np.flatnonzero(falling >= np.log(n_tests / (CHANCE * np.arange(1, len(falling) + 1))))
+    return float(falling[enough[-1]]) if len(enough) else np.inf
 
 
 def _ranked(items: np.ndarray) -> np.ndarray:
@@ -223,15 +242,26 @@ def _ranked(items: np.ndarray) -> np.ndarray:
     return _nearest(items, min(RANKS + 1, len(items) - 1))[0]
 
 
-def _dimensions(ranked: np.ndarray) -> np.ndarray:
-    """Local dimension around each item that is not identical to half of its ranks (Levina & Bickel 2004, eq. 8). It is
-    that of the upper half of the ranks, since copies may fill the others."""
-    k = ranked.shape[1]
-    ranks = np.arange(k // 2 + 1, k)
-    apart = ranked[ranked[:, k // 2] > 0]  # identical items tell nothing of a dimension
-    mean_log = np.log(apart[:, -1:] / apart[:, ranks - 1]).mean(axis=1)
-    expected = np.mean([(1 / np.arange(j, k)).sum() for j in ranks])
-    return expected / np.maximum(mean_log, 1e-12)
+def _dimension(ranked: list[np.ndarray]) -> float:
+    """Median of the local dimension around items (Levina & Bickel 2004, eq. 8), from the upper half of each item's
+    ranks, since copies may fill the others; `LOWEST` where no class has nine items."""
+    found = []
+    for distances in ranked:
+        k = distances.shape[1]
+        if k < 8:
+            continue
+        ranks = np.arange(k // 2 + 1, k)
+        apart = distances[distances[:, k // 2] > 0]  # identical items tell nothing of a dimension
+        mean_log = np.log(apart[:, -1:] / apart[:, ranks - 1]).mean(axis=1)
+        expected = np.mean([(1 / np.arange(j, k)).sum() for j in ranks])
+        found.append(expected / np.maximum(mean_log, 1e-12))
+    found = np.concatenate(found) if found else np.empty(0)
+    return float(np.median(found)) if len(found) else LOWEST
+
+
+def _distances(items: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Distances between the items at two lists of places."""
+    return np.linalg.norm(items[a].astype(np.float64) - items[b], axis=1)
 
 
 def _nearest(items: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 from osml_plugin import copies
-from osml_plugin.copies import copy_radius, copy_sets, joined, radii, representatives, sets_within
+from osml_plugin.copies import copy_radius, copy_sets, joined, representatives, sets_within
 
 
 def drawn(n_classes=4, of_each=30, width=16, seed=0, spread=0.5):
@@ -57,6 +57,29 @@ def test_independent_items_are_no_copies(width, of_each):
 def test_real_images_of_different_things_are_no_copies():
     digits = load_digits()
     assert copy_sets(digits.data, digits.target).max() + 1 >= len(digits.data) - 1
+
+
+def test_a_class_of_several_kinds_is_no_set_of_copies():
+    """Items of one kind lie four times as near as others; only copies among them are near-copies."""
+    rng = np.random.default_rng(0)
+    labels, kind = np.repeat(np.arange(4), 200), rng.integers(5, size=800)
+    items = (2 * rng.normal(size=(4, 5, 8)))[labels, kind] + 0.5 * rng.normal(size=(800, 8))
+    assert copy_sets(items, labels).max() + 1 == len(items)
+    both, classes, _ = copied(items, labels, 2, 0)
+    moved = both + 0.08 / np.sqrt(8) * np.random.default_rng(1).normal(size=both.shape)
+    sets = copy_sets(moved, classes)
+    assert (sets[::2] == sets[1::2]).mean() > 0.9 and sets.max() + 1 > 0.95 * len(items)
+
+
+@pytest.mark.parametrize("times", [40, 200])
+def test_more_copies_than_neighbors_that_are_compared(times):
+    items, labels = drawn(of_each=12)
+    everything, classes, source = copied(items[:36], labels[:36], times, 3e-3)
+    assert (copy_sets(everything, classes) == source).all()
+    # One long burst among single items.
+    burst = copied(items[:1], labels[:1], times, 3e-3)[0]
+    sets = copy_sets(np.concatenate([items, burst]), np.append(labels, np.zeros(times, int)))
+    assert (sets == np.append(np.arange(len(items)), np.zeros(times))).all()
 
 
 def test_half_precision_makes_copies():
@@ -115,7 +138,10 @@ def test_it_is_the_two_rules_pair_by_pair(seed, noise):
     items, labels, _ = copied(*drawn(2, 9, width=6, seed=seed), 2, noise, seed)
     items, n = items.astype(np.float64), len(items)
     distance = np.array([[np.linalg.norm(a - b) for b in items] for a in items])
-    radius = radii(items, labels)
+    rounding = [copies.ROUNDING * np.linalg.norm(item) for item in items]
+    width = {
+        c: np.quantile([distance[i, j] for i, j in combinations(np.flatnonzero(labels == c), 2)], 0.75) for c in labels
+    }
     near = {i: sorted(distance[i][(labels == labels[i]) & (np.arange(n) != i)]) for i in range(n)}
     estimates = []
     for ranked in near.values():
@@ -123,19 +149,21 @@ def test_it_is_the_two_rules_pair_by_pair(seed, noise):
         ranks = range(k // 2 + 1, k)
         mean_log = np.mean([np.log(ranked[k - 1] / ranked[j - 1]) for j in ranks])
         estimates.append(np.mean([sum(1 / x for x in range(j, k)) for j in ranks]) / mean_log)
-    dimension, reach = np.median(estimates), radius.copy()
+    dimension, reach, tests = np.median(estimates), list(rounding), []
     for i, ranked in near.items():
-        width = copies._width(np.float32(items[labels == labels[i]])).distance
         for j in range(1, min(copies.RANKS + 1, len(ranked))):
             gap = np.log(max(ranked[j], 1e-30) / max(ranked[j - 1], 1e-30))
-            if ranked[j - 1] <= copies.NEAR * width and j * dimension * gap > np.log(n * copies.RANKS / copies.CHANCE):
-                reach[i] = max(reach[i], ranked[j - 1] * (1 + 1e-6))
-
-    def alike(a, b):
-        bound = reach if labels[a] == labels[b] else radius
-        return distance[a, b] <= min(bound[a], bound[b])
-
-    pairs = [(a, b) for a, b in combinations(range(n), 2) if alike(a, b)]
+            if ranked[j - 1] <= copies.NEAR * width[labels[i]] and ranked[j] >= copies.STEP * ranked[j - 1]:
+                tests.append((np.exp(-j * dimension * gap) * np.pi**2 / 6 * j**2, i, ranked[j - 1] * (1 + 1e-6)))
+    tests.sort()
+    discoveries = [k for k, test in enumerate(tests, 1) if test[0] <= k * copies.CHANCE / n]
+    for _, i, end in tests[: max(discoveries, default=0)]:
+        reach[i] = max(reach[i], end)
+    pairs = [
+        (a, b)
+        for a, b in combinations(range(n), 2)
+        if labels[a] == labels[b] and distance[a, b] <= min(reach[a], reach[b])
+    ]
     assert copy_sets(items, labels).tolist() == merged(pairs, n).tolist()
 
 
@@ -158,8 +186,12 @@ def test_sets_within_a_radius_hang_together_in_chains():
 
 def test_the_radius_of_a_new_class_is_that_of_the_narrowest():
     items, labels = drawn()
-    items[labels == 2] = (items[labels == 2] - items[labels == 2].mean(axis=0)) / 4
-    assert copy_radius(items, labels) == pytest.approx(radii(items, labels)[labels == 2].min())
+    items[labels == 2] = (items[labels == 2] - items[labels == 2].mean(axis=0)) / 3
+    of_class = items[labels == 2].astype(np.float64)
+    least = min(np.linalg.norm(a - b) for a, b in combinations(of_class, 2)) / 2
+    width = np.quantile([np.linalg.norm(a - b) for a, b in combinations(of_class, 2)], 0.75)
+    assert copy_radius(items, labels) == pytest.approx(min(least, copies.NEAR * width), rel=0.02)  # pairs are drawn
+    assert copy_radius(items[:0], labels[:0]) == 0
 
 
 @settings(max_examples=50)

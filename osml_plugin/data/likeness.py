@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..copies import EXACT_UP_TO, copy_sets, seen_radii
+from ..copies import EXACT_UP_TO, copy_sets, radii, representatives
 from ..neighbors import NeighborIndex
 from .items import Items
 
@@ -79,7 +79,10 @@ class SeenItems:
     @staticmethod
     def of(signatures: np.ndarray, labels: np.ndarray, sets: np.ndarray) -> SeenItems:
         """Items `(n, S)` with their classes and their sets of near-copies, `(n,)` each."""
-        return SeenItems(signatures, seen_radii(signatures, labels, sets).astype(np.float32))
+        first = representatives(sets)
+        of_set = radii(signatures[first], labels[first])
+        place = np.searchsorted(sets[first], sets, sorter=np.argsort(sets[first]))
+        return SeenItems(signatures, of_set[np.argsort(sets[first])[place]].astype(np.float32))
 
     def __len__(self) -> int:
         return len(self.radii)
