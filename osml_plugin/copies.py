@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from .nearest import nearest
 from .neighbors import NeighborIndex
 
 NEAR = 0.2
@@ -36,8 +37,8 @@ ROUNDING = 4e-6
 """Distance, in lengths of the item, that rounding to float32 explains."""
 LINKED = 8
 """Nearest items that each item is linked to; a set of more copies hangs together by its other members."""
-EXACT_UP_TO = 20_000
-"""Items up to which all are compared with all; beyond it only with those in the nearest cells."""
+BLOCK = 1024
+"""Items whose distances are computed at once, so that memory stays linear."""
 PAIRS = 400
 """Pairs drawn to measure a class; more would not change its width."""
 ANCHORS = 64
@@ -78,14 +79,16 @@ def copy_sets(embeddings: ArrayLike | torch.Tensor, labels: ArrayLike) -> np.nda
     return joined(sets, _components(len(items), [(first[a], first[b])]))
 
 
-def sets_within(embeddings: ArrayLike | torch.Tensor, radius: float | np.ndarray) -> np.ndarray:
+def sets_within(
+    embeddings: ArrayLike | torch.Tensor, radius: float | np.ndarray, near: np.ndarray | None = None
+) -> np.ndarray:
     """Number the sets `(N,)` of items that hang together by distances of at most `radius`, a number or `(N,)`; of two
-    items the smaller one counts."""
+    items the smaller one counts. `near` are the items' nearest, as `nearest` gives them, where they are known."""
     items = _items(embeddings)
     if len(items) < 2:
         return np.zeros(len(items), dtype=np.int64)
     reach = np.maximum(np.broadcast_to(radius, len(items)), _rounding(items))
-    return _components(len(items), [_links(items, reach)])
+    return _components(len(items), [_links(items, reach, near)])
 
 
 def joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -264,22 +267,26 @@ def _distances(items: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.linalg.norm(items[a].astype(np.float64) - items[b], axis=1)
 
 
-def _nearest(items: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Distances and indices `(n, k)` of the k nearest others of each item."""
-    references = torch.from_numpy(items)
-    index = NeighborIndex(references, torch.zeros(len(items), dtype=torch.int64), exact_up_to=EXACT_UP_TO)
-    distances, indices = (t.numpy() for t in index.search(references, k + 1))
-    # Of identical items the search may name another one first: the item itself is dropped where it stands.
-    own = indices == np.arange(len(items))[:, None]
-    own[~own.any(axis=1), -1] = True
-    return distances[~own].reshape(len(items), k), indices[~own].reshape(len(items), k)
+def _nearest(items: np.ndarray, k: int, near: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Distances and indices `(n, k)` of the k nearest others of each item, nearest first."""
+    if near is None:
+        near = nearest(items - items.mean(axis=0), k + 1)  # far from the origin small distances would be lost
+    others = near[:, 1 : k + 1]
+    distances = np.concatenate(
+        [
+            np.linalg.norm(items[others[i : i + BLOCK]].astype(np.float64) - items[i : i + BLOCK, None], axis=2)
+            for i in range(0, len(items), BLOCK)
+        ]
+    )
+    order = np.argsort(distances, axis=1, kind="stable")  # faiss loses small distances
+    return np.take_along_axis(distances, order, axis=1), np.take_along_axis(others, order, axis=1).astype(np.int64)
 
 
-def _links(items: np.ndarray, reach: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _links(items: np.ndarray, reach: np.ndarray, near: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Pairs of items, as two index arrays, that lie within the smaller `reach` `(n,)` of the two."""
     if len(items) < 2:
         return np.empty(0, np.int64), np.empty(0, np.int64)
-    distances, others = _nearest(items, min(LINKED, len(items) - 1))
+    distances, others = _nearest(items, min(LINKED, len(items) - 1), near)
     a = np.repeat(np.arange(len(items)), others.shape[1])
     b = others.ravel()
     close = distances.ravel() <= np.minimum(reach[a], reach[b])

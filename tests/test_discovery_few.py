@@ -7,8 +7,9 @@ import pytest
 
 from osml_plugin import OpenSetRecognizer
 from osml_plugin.discovery import discover
-from osml_plugin.discovery.distances import Distances, joined_by_class, tight_sets
+from osml_plugin.discovery.distances import RANKS, Distances, joined_by_class, tight_sets
 from osml_plugin.discovery.graph import neighbor_graph
+from osml_plugin.nearest import nearest
 
 
 def classes_of(width: int, seed: int = 0):
@@ -105,6 +106,6 @@ def test_tight_sets_are_those_with_others_of_their_class_around():
     nodes = np.concatenate([known, copied, narrow]).astype(np.float32)
     of_known = np.arange(60)
     distances = Distances.of(nodes, of_known, np.repeat([0, 1], 30))
-    sets = tight_sets(nodes, of_known, distances)
+    sets = tight_sets(nodes, nearest(nodes, min(RANKS + 1, len(nodes))), of_known, distances)
     assert len(np.unique(sets)) == 60 + 20 + 10
     assert (sets[60:260].reshape(20, 10) == sets[60:260:10, None]).all()

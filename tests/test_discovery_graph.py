@@ -13,14 +13,13 @@ from sklearn.metrics import adjusted_rand_score
 from sklearn.neighbors import NearestNeighbors
 from sknetwork.clustering import get_modularity
 
-from osml_plugin.discovery import graph as graph_module
+from osml_plugin import nearest as nearest_module
 from osml_plugin.discovery.graph import (
     N_NEIGHBORS,
     ONE_WAY,
     communities,
     contracted,
     mergers,
-    nearest,
     neighbor_graph,
     quotient,
 )
@@ -28,6 +27,7 @@ from osml_plugin.discovery.methods import communities as communities_module
 from osml_plugin.discovery.methods import create
 from osml_plugin.discovery.pool import Pool
 from osml_plugin.discovery.representation import whitened
+from osml_plugin.nearest import nearest
 
 NONE = np.empty((0, 8), dtype=np.float32)
 NO_CLASSES = np.empty(0, dtype=np.int64)
@@ -110,20 +110,20 @@ def test_nearest_ones_of_small_cells_are_other_nodes():
 
 
 def test_nearest_compares_no_more_than_it_may_where_there_is_no_structure(monkeypatch):
-    monkeypatch.setattr(graph_module, "COMPARED", 1000)
+    monkeypatch.setattr(nearest_module, "COMPARED", 1000)
     nodes = unit(np.random.default_rng(0).normal(size=(4000, 64)))
     compared = []
-    knn = graph_module.faiss.knn
+    knn = nearest_module.faiss.knn
 
     def counting(queries, among, k):
         if k == 16:
             compared.append(len(queries) * len(among))
         return knn(queries, among, k)
 
-    monkeypatch.setattr(graph_module.faiss, "knn", counting)
+    monkeypatch.setattr(nearest_module.faiss, "knn", counting)
     found = nearest(nodes, 16)
     assert found.min() >= 0
-    trials = graph_module.N_TRIALS * 4000
+    trials = nearest_module.N_TRIALS * 4000
     assert sum(compared) - trials < 2 * 1000 * 4000  # cells are uneven
 
 
@@ -139,15 +139,15 @@ def test_near_ones_are_told_apart_far_from_the_origin():
 def test_nearest_of_nodes_in_one_spot_compares_no_more_than_elsewhere(monkeypatch):
     nodes = (8**-0.5 + 1e-4 * np.random.default_rng(0).normal(size=(20_000, 8))).astype(np.float32)
     compared = []
-    knn = graph_module.faiss.knn
+    knn = nearest_module.faiss.knn
 
     def counting(queries, among, k):
         compared.append(len(queries) * len(among))
         return knn(queries, among, k)
 
-    monkeypatch.setattr(graph_module.faiss, "knn", counting)
+    monkeypatch.setattr(nearest_module.faiss, "knn", counting)
     nearest(nodes, 16)
-    assert sum(compared) < 20_000 * graph_module.COMPARED
+    assert sum(compared) < 20_000 * nearest_module.COMPARED
 
 
 # The graph -------------------------------------------------------------------------------------------------

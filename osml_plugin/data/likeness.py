@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..copies import EXACT_UP_TO, copy_sets, radii, representatives
+from ..copies import copy_sets, radii, representatives
 from ..neighbors import NeighborIndex
 from .items import Items
 
@@ -20,6 +20,8 @@ SIDE = 16
 """Pixels of a side to which an image is averaged."""
 BRIGHTNESS, COLOR = 8, 4
 """Frequencies of a side that are kept of an image's brightness, and of each of its two color differences."""
+EXACT_UP_TO = 20_000
+"""Seen items up to which an item is compared with all."""
 NEAREST = 4
 """Seen items that an item is compared with: the nearest one may have a smaller radius than the next."""
 WIDTH = BRIGHTNESS**2 + 2 * COLOR**2

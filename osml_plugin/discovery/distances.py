@@ -8,7 +8,8 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 
-from .graph import BLOCK, nearest
+from ..nearest import nearest
+from .graph import BLOCK
 
 BESIDE = 0.95
 """The share of known items that lie beside another known one; an unknown item that is farther off lies apart."""
@@ -16,7 +17,7 @@ WITHIN = 0.99
 """The share of pairs of known items of one class that no link of the graph is longer than."""
 PAIRS = 100
 """Pairs drawn for each known item to measure that."""
-RANKS = 48
+RANKS = 24
 """Nearest items among which the edge of a set of near-copies is looked for; a larger set is seen as several."""
 CHANCE = 1e-3
 """The expected number of such edges in a whole pool of independent items."""
@@ -69,7 +70,7 @@ def lengths_of(links: csr_matrix, nodes: np.ndarray) -> np.ndarray:
     return length
 
 
-def tight_sets(nodes: np.ndarray, of_known: np.ndarray, distances: Distances) -> np.ndarray:
+def tight_sets(nodes: np.ndarray, near: np.ndarray, of_known: np.ndarray, distances: Distances) -> np.ndarray:
     """The number `(M,)`, from 0, of the set of near-copies that each node is in; most are alone in theirs.
 
     The distances r₁ ≤ r₂ ≤ … of an item to its neighbors grow without gaps: of independent items in m dimensions
@@ -78,12 +79,15 @@ def tight_sets(nodes: np.ndarray, of_known: np.ndarray, distances: Distances) ->
     behind the gap, no farther than the items of a class are, are others of their class. A narrow class that stands
     alone has no others there: it stays as it is. Where known items `(K,)` lie in such sets too, these are how classes
     are here, and nothing is taken for copies.
+
+    Args:
+        near: `(M, k)` the nearest nodes of each, itself first.
     """
-    n_nodes, k = len(nodes), min(RANKS + 1, len(nodes))
+    n_nodes, k = near.shape
     alone = np.arange(n_nodes)
     if k < 4 or not distances.width:
         return alone
-    near = nearest(nodes, k)[:, 1:]
+    near = near[:, 1:]
     length = np.concatenate(
         [
             np.linalg.norm(nodes[near[i : i + BLOCK // 8]] - nodes[i : i + BLOCK // 8, None], axis=2)

@@ -9,8 +9,9 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from ..copies import copy_radius, sets_within
+from ..nearest import nearest
 from .constraints import Constraints, contract
-from .distances import Distances, joined_by_class, tight_sets
+from .distances import RANKS, Distances, joined_by_class, tight_sets
 from .graph import BLOCK, neighbor_graph
 from .representation import whitened
 
@@ -46,11 +47,11 @@ class Pool:
         nodes[of_items] = items[first[of_items]]
         nodes[~of_items] = known[first[~of_items] - len(items)]
         nodes.round(SAME, out=nodes)
-        nodes, of_node = without_copies(nodes, node[len(items) :], classes)
+        nodes, of_node, near = without_copies(nodes, node[len(items) :], classes)
         node = of_node[node]
         # Before whitening: where known classes are one or two, these lie around the origin then, and look wide.
         of_known = node[len(items) :]
-        nodes, of_node = one_of_each(nodes, tight_sets(nodes, of_known, Distances.of(nodes, of_known, classes)))
+        nodes, of_node = one_of_each(nodes, tight_sets(nodes, near, of_known, Distances.of(nodes, of_known, classes)))
         node = of_node[node]
         of_item, of_known = node[: len(items)], node[len(items) :]
         unit = nodes
@@ -99,8 +100,11 @@ class Pool:
         return contract(self.graph, self.of_item, self.links)
 
 
-def without_copies(nodes: np.ndarray, of_known: np.ndarray, classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One node of each set of near-copies `(S, D)`, and for each of the nodes `(M, D)` its place among these `(M,)`.
+def without_copies(
+    nodes: np.ndarray, of_known: np.ndarray, classes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One node of each set of near-copies `(S, D)`, for each of the nodes `(M, D)` its place among these `(M,)`, and
+    the nearest of each of these among them `(S, k)`.
 
     Known items `(K,)` of two classes or more say how near is too near (`copy_radius`); without them it is rounding.
     """
@@ -108,9 +112,10 @@ def without_copies(nodes: np.ndarray, of_known: np.ndarray, classes: np.ndarray)
     several = len(np.unique(classes)) > 1  # one alone may be of several kinds, and wide
     radius = copy_radius(nodes[of_known], classes) if several else 0.0
     while True:  # a large set may hang together only when its parts are one
-        fewer, of_node = one_of_each(nodes, sets_within(nodes, radius))
+        near = nearest(nodes, min(RANKS + 1, len(nodes)))
+        fewer, of_node = one_of_each(nodes, sets_within(nodes, radius, near))
         if len(fewer) == len(nodes):
-            return nodes, place
+            return nodes, place, near
         nodes, place = fewer, of_node[place]
 
 
