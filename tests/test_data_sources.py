@@ -282,6 +282,17 @@ def test_csv_files_as_other_programs_write_them(tmp_path, content):
     assert items.labels == ("x", "y") and [p.name for p in items.paths] == ["a.png", "b.png"]
 
 
+@pytest.mark.parametrize("odd", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", " \u3000"])
+def test_only_ends_of_lines_end_the_rows_of_a_csv_file(tmp_path, odd):
+    """str.splitlines also cuts at these, and file names may hold them."""
+    name = f"a{odd}b.png"
+    (tmp_path / name).write_bytes(b"")
+    for cell in (name, f'"{name}"'):
+        (tmp_path / "m.csv").write_text(f"path,label\n{cell},x\n{cell},y\n", encoding="utf-8")
+        items = open_items(tmp_path / "m.csv")
+        assert items.labels == ("x", "y") and items.paths == (tmp_path / name,) * 2
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections import Counter
 from pathlib import Path
 
@@ -18,8 +19,8 @@ def read_table(file: Path) -> dict[str, list[str]]:
 
 
 def _read_csv(file: Path) -> dict[str, list[str]]:
-    lines = _text(file).splitlines(keepends=True)
-    reader = csv.reader(lines, strict=True)
+    # Lines end where files end them; str.splitlines would cut at U+2028 and form feeds inside a cell, too.
+    reader = csv.reader(io.StringIO(_text(file), newline=""), strict=True)
     header, rows = None, []
     try:
         for cells in reader:
