@@ -125,6 +125,8 @@ def test_linked_folders_are_followed_once_and_rings_are_cut(root, tmp_path):
     (outside / "ring").symlink_to(root / "a")
     (outside / "deep" / "home").symlink_to(outside)
     (root / "c").symlink_to(outside)  # a class that is a link
+    (root / "loop").symlink_to(root)  # which would be a class of all items
+    (root / "home").symlink_to("..")
     items = open_items(root)
     assert items.labels == ("a",) * 5 + ("b",) + ("c",) * 5
     assert len({os.path.realpath(path) for path in items.paths[:5]}) == 5

@@ -75,9 +75,12 @@ def suffix_of(name: str) -> str:
 
 
 def subfolders(root: Path) -> list[Path]:
+    """The folders in a folder, by name, without those that are passed over and links to what holds `root`."""
     if not root.is_dir():
         return []
-    return sorted((f for f in root.iterdir() if f.is_dir() and not passed_over(f.name)), key=lambda f: f.name)
+    inside = [os.path.realpath(root)]
+    folders = (f for f in root.iterdir() if f.is_dir() and not passed_over(f.name))
+    return sorted((f for f in folders if not (f.is_symlink() and _holds(f, inside))), key=lambda f: f.name)
 
 
 def images_in(folder: Path, left_out: LeftOut | None = None) -> list[Path]:
@@ -121,7 +124,7 @@ def walk(folder: str | Path, also: Collection[str] = ()) -> Iterator[tuple[str, 
             yield where, *_sort_out(where, files, also)
 
 
-def _holds(link: str, folders: Collection[str]) -> bool:
+def _holds(link: str | Path, folders: Collection[str]) -> bool:
     """True of a link to a folder that one of these is, or lies in."""
     target = os.path.realpath(link)
     return any(os.path.commonpath([target, folder]) == target for folder in folders)
