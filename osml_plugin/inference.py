@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,7 @@ class OpenSetInferenceModel(InferenceModel):
     ):
         super().__init__(trunk, embedder, *args, **kwargs)
         self.recognizer = OpenSetRecognizer(detector, threshold, alpha=alpha)
-        if not isinstance(label_hierarchy_level, int | None):
+        if not isinstance(label_hierarchy_level, Integral | None):
             raise OsmlError(
                 f"label_hierarchy_level is {label_hierarchy_level!r}, expected one column: an answer is one label"
             )

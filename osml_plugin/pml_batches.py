@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -45,12 +46,15 @@ class BatchReader:
         return inputs, None if labels is None else self._column(labels_of(labels))
 
     def __post_init__(self):
-        whole = [self.level] if isinstance(self.level, int | None) or self.level == "all" else self.level
-        if isinstance(whole, str) or not all(column in (None, "all") or isinstance(column, int) for column in whole):
+        if self.getter is not None and not callable(self.getter):
+            raise OsmlError(f"data_and_label_getter is {self.getter!r}, expected a function of a batch")
+        several = isinstance(self.level, Iterable) and not isinstance(self.level, str)
+        columns = list(self.level) if several else [] if self.level in (None, "all") else [self.level]
+        if not all(isinstance(column, Integral) for column in columns):
             raise OsmlError(f'label_hierarchy_level is {self.level!r}, expected a column, a list of columns, or "all"')
 
     def _column(self, labels: Tensor | np.ndarray) -> Tensor | np.ndarray:
-        level = self.level if isinstance(self.level, int | str | None) else list(self.level)
+        level = self.level if isinstance(self.level, Integral | str | None) else list(self.level)
         if labels.ndim == 1 and level in (None, 0, [0], "all"):
             return labels
         width = 1 if labels.ndim == 1 else labels.shape[1]
@@ -61,7 +65,7 @@ class BatchReader:
             )
         if level in (None, "all"):
             return labels[:, 0] if level is None else labels
-        if not all(-width <= column < width for column in ([level] if isinstance(level, int) else level)):
+        if not all(-width <= column < width for column in ([level] if isinstance(level, Integral) else level)):
             raise OsmlError(f"label_hierarchy_level is {level!r}, but the labels have {width} columns, the first is 0")
         return labels[:, level]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -176,10 +177,20 @@ def test_a_level_that_is_none():
     for level, message in [(2, "2 columns"), ([0, 2], "2 columns"), (-3, "2 columns")]:
         with pytest.raises(OsmlError, match=message):
             BatchReader(level=level)((labels, labels))
-    with pytest.raises(OsmlError, match="'fine', expected a column"):
-        BatchReader(level="fine")
+    for level in ("fine", 1.5, [0, 1.5], [None]):
+        with pytest.raises(OsmlError, match="expected a column, a list of columns"):
+            BatchReader(level=level)
+    with pytest.raises(OsmlError, match="data_and_label_getter is 'label', expected a function"):
+        BatchReader("label")
     with pytest.raises(OsmlError, match="1 columns"):
         BatchReader(level=1)((labels, labels[:, 0]))
+
+
+def test_columns_of_numpy_are_columns():
+    labels = torch.arange(8).reshape(4, 2)
+    assert torch.equal(BatchReader(level=np.int64(1))((labels, labels))[1], labels[:, 1])
+    assert torch.equal(BatchReader(level=list(np.arange(2)))((labels, labels))[1], labels)
+    assert OpenSetInferenceModel(nn.Identity(), data_device=CPU, label_hierarchy_level=np.int64(1)).reader.level == 1
 
 
 class TestInferenceModel:
@@ -320,6 +331,12 @@ class TestComparison:
         ]:
             with pytest.raises(OsmlError, match=message):
                 calculator.get_accuracy(q, of_queries, x, labels)
+
+    def test_it_goes_through_pickle(self, data):
+        (x, y), (q, of_queries) = data
+        calculator = OpenSetAccuracyCalculator(include=("auroc", "precision_at_1"), k=1, device=CPU)
+        again = pickle.loads(pickle.dumps(calculator))
+        assert again.get_accuracy(q, of_queries, x, y) == calculator.get_accuracy(q, of_queries, x, y)
 
     def test_a_reference_of_unknown_items_alone_tells_nothing(self, data):
         (x, y), (q, of_queries) = data

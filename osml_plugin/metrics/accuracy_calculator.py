@@ -103,6 +103,8 @@ def _calculates(name: str) -> Callable[..., float]:
     def calculate(self, open_set: Ranking | None, **kwargs: Any) -> float:
         return math.nan if open_set is None else RANK_METRICS[name](open_set)
 
+    calculate.__name__ = f"calculate_{name}"  # by which pickle finds the method
+    calculate.__qualname__ = f"{OpenSetAccuracyCalculator.__name__}.{calculate.__name__}"
     return calculate
 
 
