@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 from torchvision.transforms import v2
 
 from . import UNKNOWN
+from .checks import check_references
 from .config import Config
 from .data import (
     ImageDataset,
@@ -86,6 +87,7 @@ class TrainingData:
         self.shared = shared if shared is not None and shared.network == network_settings(config) else None
         self._frozen_features: dict[str, torch.Tensor] = {}
         if survey is None:
+            check_references(items.embeddings)  # here, for unit norm would make numbers of 1e-28 of those of 1e-40
             self.channels, self.size = 0, items.embeddings.shape[1]
             for role, of in self.indices.items():
                 tensors = torch.from_numpy(items.embeddings[of]), torch.from_numpy(self.labels[role])

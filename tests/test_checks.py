@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from osml_plugin import OpenSetRecognizer, OsmlError, detectors
+from osml_plugin import OpenSetRecognizer, OsmlError, detectors, train
 from osml_plugin.checks import LARGEST, SMALLEST, check_embeddings, check_references
 from osml_plugin.data import open_items, write_embeddings
 from osml_plugin.discovery import discover
@@ -168,6 +168,15 @@ def test_references_that_vanish_when_squared_are_refused(unit):
     # Items are measured by references that do not vanish: they are near zero, which is an answer.
     fitted = OpenSetRecognizer("centroid").fit(ROWS, LABELS)
     assert np.isfinite(fitted.predict(ROWS * unit).scores).all()
+
+
+def test_training_refuses_them_before_unit_norm_hides_them(tmp_path):
+    labels = np.repeat(["a", "b"], 20)
+    rows = np.random.default_rng(0).normal(size=(40, 4)) + 9 * (labels == "a")[:, None]
+    write_embeddings(tmp_path / "e.npz", 1e-20 * rows, labels)
+    with pytest.raises(OsmlError, match="float32 cannot square them"):
+        train(tmp_path / "e.npz", tmp_path / "bundle", n_known=2, progress=False)
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_zeros_are_references_like_others():

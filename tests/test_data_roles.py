@@ -349,7 +349,9 @@ def test_too_few_items():
         training_roles(items_of([1, 2, 3, 3, 3], "aabbb"), split)
     with pytest.raises(OsmlError, match="class 'a' has 0 embeddings outside 'test'; "):
         training_roles(items_of([1, 2, 3, 4], "aabb", ["test", "test", "train", "train"]), split)
-    with pytest.raises(OsmlError, match="embeddings of class 'b' lie in other classes as well, such as 'c', and too few"):
+    with pytest.raises(
+        OsmlError, match="embeddings of class 'b' lie in other classes as well, such as 'c', and too few"
+    ):
         training_roles(items_of([1, 2, 3, 4, 3, 4], "aabbcc"), Split(("a", "b"), ("c",)))
     roles = training_roles(items_of([1, 2, 3, 4], "aabb"), split)
     assert len(roles.train) == 2 and len(roles.calibration) == 1 and len(roles.validation) == 0

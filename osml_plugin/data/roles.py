@@ -336,8 +336,8 @@ def _too_few(items: Items, sets: np.ndarray, name: str, indices: np.ndarray, as_
     others = set(np.array(_labels(items))[np.isin(sets, sets[indices])].tolist()) - {name}
     if n > 1 and others:
         return OsmlError(
-            f"the {kind}s of class '{name}' lie in other classes as well, such as '{min(others)}', and too few are left "
-            "to train on and to calibrate with; keep each in one class"
+            f"the {kind}s of class '{name}' lie in other classes as well, such as '{min(others)}', and too few are "
+            "left to train on and to calibrate with; keep each in one class"
         )
     distinct = "distinct " if n < len(indices) else ""
     outside = " outside 'test'" if items.roles is not None else ""
