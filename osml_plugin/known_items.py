@@ -37,7 +37,8 @@ class LabelledEmbeddings:
 
 @dataclass(frozen=True)
 class FitItems:
-    """Items that a recognizer is made from; no item is a near-copy of another, neither in one role nor in two."""
+    """Items that a recognizer is made from; no item is a near-copy of another, neither in one role nor in two, but for
+    references of several classes: each class keeps its own."""
 
     references: LabelledEmbeddings
     calibration: LabelledEmbeddings
@@ -66,10 +67,11 @@ def fit_items(
     """
     if calibration is not None:
         _check_classes(calibration, references)
+    contested = np.zeros(len(references), dtype=bool)
     if near_copies:
-        references, calibration, validation = _distinct(references, calibration, validation)
+        references, calibration, validation, contested = _distinct(references, calibration, validation)
     if calibration is None:
-        aside = held_out(references.names, seed)
+        aside = held_out(references.names, seed) & ~contested
         calibration = references.select(np.flatnonzero(aside))
         references = references.select(np.flatnonzero(~aside))
     return FitItems(references, calibration, validation)
@@ -110,8 +112,10 @@ def _check_classes(calibration: LabelledEmbeddings, references: LabelledEmbeddin
 
 def _distinct(
     references: LabelledEmbeddings, calibration: LabelledEmbeddings | None, validation: LabelledEmbeddings | None
-) -> list[LabelledEmbeddings | None]:
-    """The first item of each set of near-copies in each role. A set that has references has no items of other roles."""
+) -> tuple[LabelledEmbeddings, LabelledEmbeddings | None, LabelledEmbeddings | None, np.ndarray]:
+    """The first item of each set of near-copies in each role, and the references `(R,)` bool that have copies of
+    another class beside them. A set that has references has no items of other roles. It has a reference in each of its
+    classes: a class must not vanish because somebody put its pictures into another one, too."""
     given = {"reference": references, "calibration": calibration, "validation": validation}
     parts = {role: items for role, items in given.items() if items is not None and len(items)}
     ends = np.cumsum([len(items) for items in parts.values()])[:-1]
@@ -120,7 +124,9 @@ def _distinct(
     for of_role, (role, items) in zip(sets, parts.items(), strict=True):
         seen = np.isin(of_role, sets[0]) if role != "reference" else np.zeros(len(items), dtype=bool)
         _check_unseen(role, items, seen, references)
-        first = representatives(of_role)
+        classes = np.unique(items.names, return_inverse=True)[1]
+        each = of_role * (classes.max() + 1) + classes if role == "reference" else of_role
+        first = representatives(each)
         kept = first[~seen[first]]
         if len(kept) < len(items):
             logger.warning(
@@ -130,7 +136,9 @@ def _distinct(
                 role,
             )
         given[role] = items.select(kept)
-    return list(given.values())
+        if role == "reference":
+            contested = np.bincount(of_role[kept])[of_role[kept]] > 1
+    return *given.values(), contested
 
 
 def _check_unseen(role: str, items: LabelledEmbeddings, seen: np.ndarray, references: LabelledEmbeddings) -> None:

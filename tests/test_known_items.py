@@ -51,6 +51,18 @@ def test_the_rate_holds_for_items_with_noisy_copies(noise):
     assert (recognizer.predict(NEW).labels == UNKNOWN).mean() < 0.09  # at most 8.4 % with 95 % confidence
 
 
+@pytest.mark.parametrize("n", [1, 20, 50])
+def test_a_class_of_pictures_that_are_in_another_class_too_keeps_its_references(n):
+    both, labels = np.concatenate([ITEMS, ITEMS[:n]]), np.append(LABELS, np.full(n, 7))
+    recognizer = OpenSetRecognizer("knn").fit(both, labels)
+    counts = Counter(recognizer.gallery.labels.tolist())
+    assert counts[7] == n and set(counts) == {*range(CLASSES), 7}
+    # No item sets the threshold beside its copy in the gallery.
+    held = {row.tobytes() for row in recognizer.calibration.embeddings.numpy()}
+    assert not held & {row.tobytes() for row in recognizer.gallery.embeddings.numpy()}
+    assert len(held) == len(recognizer.calibration) > 40
+
+
 def test_copies_are_different_items_where_the_user_says_so():
     recognizer = OpenSetRecognizer("knn").fit(np.repeat(ITEMS, 2, 0), np.repeat(LABELS, 2), near_copies=False)
     assert recognizer.guarantee.n == 2 * len(ITEMS) // 5 and recognizer.copy_radius == 0
