@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .copies import new_items
 from .errors import OsmlError, unknown_name
+from .labels import HIGHEST
 from .names import canonical, further_names
 from .neighbors import NeighborIndex
 
@@ -109,6 +110,8 @@ class Gallery:
         numbers = all(str(i) == n for i, n in self.classes.items())
         if numbers and name.isdecimal() and self.next_id <= int(name) < 2**31:
             return int(name)
+        if self.next_id > HIGHEST:
+            raise OsmlError(f"class '{name}' gets no number: one class has the last, {HIGHEST}; number them from 0 on")
         return self.next_id
 
     def remove(self, name: str) -> Gallery:

@@ -73,8 +73,11 @@ def _listed(labels: Any, n_items: int, what: str) -> list:
             labels = np.empty((len(values), len(values[0]) if np.ndim(values[0]) else 1), dtype=object)
     if (shape := getattr(labels, "shape", None)) is not None:
         if len(shape) != 1:
-            raise OsmlError(f"{what} are of shape {tuple(shape)}; expected ({n_items},), {_flattening(shape)}")
-        values = labels.tolist()
+            how = (
+                "one for each embedding: pass one column of them" if hasattr(labels, "columns") else _flattening(shape)
+            )
+            raise OsmlError(f"{what} are of shape {tuple(shape)}; expected ({n_items},), {how}")
+        values = labels.tolist() if hasattr(labels, "tolist") else list(labels)
     elif hasattr(labels, "tolist"):
         values = labels.tolist()
     if len(values) != n_items:

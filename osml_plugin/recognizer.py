@@ -157,8 +157,9 @@ class OpenSetRecognizer:
                 are references.
         """
         with self._all_or_nothing():
-            known = self._labelled(check_references(embeddings), labels, "labels")
-            ids = class_ids(read_labels(labels, len(known)))
+            embeddings = check_references(embeddings)
+            labels = read_labels(labels, len(embeddings))  # once, since it may be a generator
+            known, ids = self._labelled(embeddings, labels, "labels"), class_ids(labels)
             if len(ids) < 2:
                 raise OsmlError(f"a recognizer needs at least two known classes; got {len(ids)}: {', '.join(ids)}")
             held = None if calibration is None else self._labelled(*calibration, "calibration labels")

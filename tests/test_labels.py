@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from osml_plugin import OpenSetRecognizer
 from osml_plugin.errors import OsmlError
 from osml_plugin.labels import class_ids, read_labels
 
@@ -60,7 +61,7 @@ def test_names_are_numbered_in_their_order(of):
         (np.eye(2), r"shape \(2, 2\); expected \(2,\), .*argmax"),
         (torch.eye(2).long(), r"shape \(2, 2\)"),
         ([[0], [1]], r"shape \(2, 1\)"),
-        (pd.DataFrame({"y": [0, 1]}), r"shape \(2, 1\)"),
+        (pd.DataFrame({"y": [0, 1]}), r"shape \(2, 1\); .*one column of them"),
         (np.array(3), r"shape \(\)"),
         (3, "are 3; expected a list"),
         ("ab", "of type str"),
@@ -76,7 +77,7 @@ def test_names_are_numbered_in_their_order(of):
         ([0, -1], "hold -1: classes are numbered"),
         ([0, 2**63], "hold 9223372036854775808"),
         (["a", "-1"], "cannot be named '-1'"),
-        (["a", ""], "blanks"),
+        (["a", ""], "expected some text"),
         (["a", " k"], "blanks"),
         (["a", "\ud800"], "UTF-8"),
         (["a", "b\x07"], "control"),
@@ -89,6 +90,30 @@ def test_what_could_be_read_in_two_ways_is_refused_in_one_line(labels, said):
     with pytest.raises(OsmlError, match=said) as refused:
         read_labels(labels, 2)
     assert "\n" not in str(refused.value)
+
+
+class WithShape(list):
+    """A column as some libraries of data frames have it: with a shape, and no `tolist`."""
+
+    shape = (4,)
+
+
+def test_a_column_without_tolist_is_read():
+    assert read_labels(WithShape(WHOLE), 4) == WHOLE
+
+
+def test_labels_that_can_be_read_once_are_read_once():
+    items = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
+    recognizer = OpenSetRecognizer().fit(items, (i % 3 + 4 for i in range(60)))
+    assert recognizer.class_names == ["4", "5", "6"]
+
+
+def test_after_the_last_number_no_class_can_be_enrolled():
+    items = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
+    recognizer = OpenSetRecognizer().fit(items, np.arange(60) % 2 * (2**63 - 1))
+    with pytest.raises(OsmlError, match="gets no number: one class has the last"):
+        recognizer.enroll("new", items[:1] + 9)
+    assert recognizer.class_names == ["0", str(2**63 - 1)]
 
 
 def test_a_name_in_two_unicode_forms_is_one_class():
