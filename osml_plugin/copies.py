@@ -27,6 +27,9 @@ RANKS = 24
 """Nearest items of the class among which a gap is looked for; where copies fill them all, among all of the class."""
 NARROW = 0.3
 """Least width of a class, in widths of the typical class: a class of copies alone has no width of its own."""
+WIDE = 2.0
+"""Most width that counts, in the same unit: a class with outliers, or in several places, is far across, but within each
+place its items are no wider apart than those of other classes."""
 BURST = 0.07
 """Share of its width that a class is in which all items are one: then it is far narrower than `NARROW`."""
 LOWEST = 4.0
@@ -165,11 +168,11 @@ def _rounding(items: np.ndarray) -> np.ndarray:
 
 
 def _widths(items: np.ndarray, of_class: list[np.ndarray]) -> list[float]:
-    """Width of each class: the upper quartile of the distances between its items, and no less than `NARROW` of the
-    typical class's; 0 where no class has two different items."""
+    """Width of each class: the upper quartile of the distances between its items, and no less than `NARROW` and no more
+    than `WIDE` of the typical class's; 0 where no class has two different items."""
     own = [_width(items[members]) for members in of_class]
     typical = float(np.median([width for width in own if width > 0] or [0.0]))
-    return [max(width, NARROW * typical) for width in own]
+    return [min(max(width, NARROW * typical), WIDE * typical) for width in own]
 
 
 def _width(items: np.ndarray) -> float:
