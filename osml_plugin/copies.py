@@ -57,7 +57,7 @@ def copy_sets(embeddings: ArrayLike | torch.Tensor, labels: ArrayLike) -> np.nda
     `NEAR` widths of its class. A class that is far narrower than the others altogether is one item.
 
     Items of different classes are near-copies where they are far nearer than any two different items of either class
-    (`ACROSS` of `radii`).
+    (`ACROSS` of `radii`), and so near that fewer than `CHANCE` pairs of independent items of all classes are.
 
     Args:
         embeddings: `(N, D)` finite.
@@ -71,14 +71,18 @@ def copy_sets(embeddings: ArrayLike | torch.Tensor, labels: ArrayLike) -> np.nda
         return np.zeros(len(items), dtype=np.int64)
     of_class = np.split(np.argsort(classes, kind="stable"), np.cumsum(np.bincount(classes))[:-1])
     widths = _widths(items, of_class)
-    reach = np.maximum(_gaps(items, of_class, widths), _rounding(items))
+    ranked = {c: _ranked(items[members]) for c, members in enumerate(of_class) if len(members) > 2}
+    dimension = _dimension(list(ranked.values()))
+    reach = np.maximum(_gaps(items, of_class, widths, ranked, dimension), _rounding(items))
     links = [(members[a], members[b]) for members in of_class for a, b in [_links(items[members], reach[members])]]
     bursts = [members for members, width in zip(of_class, widths, strict=True) if _is_burst(items[members], width)]
     sets = _components(len(items), [*links, *((members, members[:1].repeat(len(members))) for members in bursts)])
     # One item of each set is enough to find its copies in other classes.
     first = representatives(sets)
-    radius = radii(items[first], classes[first], width_of=dict(enumerate(widths)))
-    a, b = _links(items[first], np.maximum(ACROSS * radius, _rounding(items[first])))
+    radius = ACROSS * radii(items[first], classes[first], width_of=dict(enumerate(widths)))
+    # Where classes overlap, pairs of items of two classes are as many as all pairs are.
+    by_chance = np.array(widths)[classes[first]] * (CHANCE / len(first) ** 2) ** (1 / dimension)
+    a, b = _links(items[first], np.maximum(np.minimum(radius, by_chance), _rounding(items[first])))
     return joined(sets, _components(len(items), [(first[a], first[b])]))
 
 
@@ -189,11 +193,19 @@ def _is_burst(items: np.ndarray, width: float) -> bool:
     return len(items) > 1 and bool(from_first.max() <= BURST * width)
 
 
-def _gaps(items: np.ndarray, of_class: list[np.ndarray], widths: list[float]) -> np.ndarray:
-    """Distance `(N,)` of each item to the last of its near-copies; 0 where there is no gap."""
+def _gaps(
+    items: np.ndarray,
+    of_class: list[np.ndarray],
+    widths: list[float],
+    ranked: Mapping[int, np.ndarray],
+    dimension: float,
+) -> np.ndarray:
+    """Distance `(N,)` of each item to the last of its near-copies; 0 where there is no gap.
+
+    Args:
+        ranked: by class, the ranked distances of its items, for classes of three or more.
+    """
     reach = np.zeros(len(items))
-    ranked = {c: _ranked(items[members]) for c, members in enumerate(of_class) if len(members) > 2}
-    dimension = _dimension(list(ranked.values()))
     surprises = {c: _surprises(of, dimension, NEAR * widths[c]) for c, of in ranked.items()}
     least = _least_surprise(np.concatenate([s.ravel() for s in surprises.values()] or [reach[:0]]), len(items))
     for c, members in enumerate(of_class):

@@ -82,6 +82,14 @@ def test_more_copies_than_neighbors_that_are_compared(times):
     assert (sets == np.append(np.arange(len(items)), np.zeros(times))).all()
 
 
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_classes_that_overlap_in_few_dimensions_are_no_copies_of_one_another(width):
+    rng = np.random.default_rng(width)
+    labels = np.repeat(np.arange(5), 400)
+    items = 3 * rng.normal(size=(5, width))[labels] + rng.normal(size=(2000, width))
+    assert copy_sets(items, labels).max() + 1 > len(items) - 8  # on a line some fall within rounding
+
+
 def test_half_precision_makes_copies():
     items, labels = drawn(width=64)
     both = np.concatenate([items, items.astype(np.float16).astype(np.float32)])

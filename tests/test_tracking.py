@@ -103,6 +103,8 @@ def test_the_default_store_is_named_absolutely(store, tmp_path, monkeypatch):
     ],
 )
 def test_a_store_that_cannot_be_reached_is_one_line(uri, says, tmp_path):
+    import mlflow  # noqa: F401  (its first import sets a variable of its own)
+
     (tmp_path / "text.db").write_text("no database, whatever its name says\n" * 40)
     before = dict(os.environ)
     with pytest.raises(OsmlError, match=says) as caught:
@@ -440,6 +442,7 @@ def test_reading_makes_no_store(content, tmp_path, monkeypatch, osml):
     monkeypatch.chdir(tmp_path)
     if content is not None:
         (tmp_path / "mlflow.db").write_bytes(content)
+    (tmp_path / "a.jpg").write_bytes(b"never read")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     for command in (
         ["evaluate", "models:/birds@champion", "--data", "."],
