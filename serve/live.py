@@ -159,13 +159,13 @@ def assembled(
     # A class that others were merged into keeps its own id.
     ids = {name: old for old, name in names.items() if name is not None and name == gallery.classes[old]}
     merged: dict[int, list[int]] = {}
-    of_old = torch.full((max(gallery.classes) + 1,), -1)
     for old in sorted(names):
         if names[old] is not None:
-            of_old[old] = ids.setdefault(names[old], old)
-            merged.setdefault(ids[names[old]], []).append(old)
+            merged.setdefault(ids.setdefault(names[old], old), []).append(old)
     classes = {i: name for name, i in ids.items()}
-    labels = of_old[gallery.labels]
+    # By the place of each id among those that are there, since ids that a user chose may be large.
+    there, place = gallery.labels.unique(return_inverse=True)
+    labels = torch.tensor([ids.get(names[old], UNKNOWN) for old in there.tolist()])[place]
     if classes != dict(gallery.classes) or not torch.equal(labels, gallery.labels):
         kept = labels >= 0
         gallery = replace(gallery, classes=classes, labels=labels).keep(kept)

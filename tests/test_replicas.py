@@ -15,12 +15,14 @@ import torch
 from conftest import sphere_classes
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from serving import served
 
 from osml_plugin import OpenSetRecognizer, OsmlError
 from osml_plugin.gallery import Gallery
 from osml_plugin.known_items import LabelledEmbeddings
 from osml_plugin.serve.live import Live
 from osml_plugin.serve.service import change_model
+from osml_plugin.serve.settings import ServeConfig
 from osml_plugin.serve.shelf import Shelf
 from osml_plugin.serve.store import Group, NewItem, Observation, StaleModel, Store, Write, new_id
 from osml_plugin.thresholds.ranks import enough, quantile
@@ -342,3 +344,15 @@ def test_after_every_write_all_replicas_are_the_same_and_are_what_was_written(ro
             except (OsmlError, StaleModel):
                 assert store.state().gallery_version == version
             endpoint.check(late=number % 3 == 2)
+
+
+def test_classes_whose_ids_are_large_numbers_can_be_served(tmp_path):
+    """Article numbers, say, which stay the ids of their classes."""
+    points, labels, _ = sphere_classes(n_classes=4, per_class=30, width=WIDTH, spread=0.12)
+    ids = np.array([7, 8, 2**31 - 1, 4006381333931])[labels.numpy()]
+    OpenSetRecognizer().fit(points, ids).save(tmp_path / "bundle")
+    with served(ServeConfig(model=str(tmp_path / "bundle"), home=tmp_path / "home"), jobs=False) as (_, client):
+        client.merge("7", "4006381333931")
+        client.forget("8")
+        found = {c.name: c.trained for c in client.classes().classes}
+        assert found.keys() == {"2147483647", "4006381333931"} and found["4006381333931"] > found["2147483647"]
