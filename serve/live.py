@@ -216,7 +216,7 @@ def _renamed(held: LabelledEmbeddings | None, trained: Mapping[str, str | None])
     may come again."""
     if held is None or not trained:
         return held
-    return replace(held, names=tuple((trained[n] or f"/{n}") if n in trained else n for n in held.names))
+    return replace(held, names=tuple((trained[n] or f" {n}") if n in trained else n for n in held.names))
 
 
 def learned(home: str | Path, *, database: str | None = None, factories: Sequence[str] = ()) -> OpenSetRecognizer:

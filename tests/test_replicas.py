@@ -29,7 +29,7 @@ from osml_plugin.thresholds.ranks import enough, quantile
 
 BY = Write("ann")
 WIDTH = 8
-NAMES = ["a", "b", "c", "x", "y", "z"]
+NAMES = ["a", "b", "c", "x", "y", "/a"]
 """The first three are classes of the bundles; any of them may be enrolled, or given as a new name."""
 RATES = [None, 0.05, 0.2, 0.02, 0.001]
 """At 0.02 all three classes are needed to promise it; nothing can promise 0.001."""
@@ -115,7 +115,7 @@ class Naive:
         kept = np.array([name is not None for name in held])
         made.calibration = LabelledEmbeddings(base.calibration.embeddings[kept], tuple(n for n in held if n))
         # Classes that are forgotten play the unknown, each by itself, when few examples are rehearsed.
-        others = tuple(self.trained.get(name, name) or f"/{name}" for name in base.validation.names)
+        others = tuple(self.trained.get(name, name) or f"\n{name}" for name in base.validation.names)
         made.validation = LabelledEmbeddings(base.validation.embeddings, others)
         all_of_it = len(base.calibration.names)
         alpha = self.alpha if self.alpha is not None and enough(all_of_it, self.alpha) else base.alpha
@@ -320,6 +320,7 @@ steps = st.tuples(st.sampled_from(VERBS), st.integers(0, 11), st.integers(0, 11)
 @example([("enroll", 3, 5, True), ("enroll", 4, 5, True), ("merge", 4, 3, True)])
 @example([("observe", 3, 7, True), ("discover", 0, 0, True), ("accept", 3, 0, True), ("rename", 3, 5, True)])
 @example([("rate", 3, 0, True), ("forget", 0, 0, True), ("enroll", 3, 5, True), ("forget", 1, 0, True)])
+@example([("forget", 0, 0, True), ("enroll", 5, 5, True)])
 @example([("enroll", 3, 7, True), ("enroll", 4, 7, True), *(("forget", i, 0, True) for i in range(3))])
 @example([("enroll", 3, 1, True), ("observe", 4, 5, True), ("embed again", 0, 0, True), ("model", 1, 0, True)])
 @example(
