@@ -96,7 +96,8 @@ class Live:
             state = self._store.state()
             if state.gallery_version == now.gallery_version and state.model == now.model:
                 return now
-            if state.model == now.model:
+            # A store of a lower version is another one, which was put in the place of the one before.
+            if state.model == now.model and state.gallery_version > now.gallery_version:
                 changes = self._store.changes_since(now.gallery_version, now.model)
                 if changes.state.model == now.model:
                     self.snapshot = self._made(_taken(self._examples, changes), changes)

@@ -8,6 +8,7 @@ import shutil
 from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -345,6 +346,27 @@ def test_after_every_write_all_replicas_are_the_same_and_are_what_was_written(ro
             except (OsmlError, StaleModel):
                 assert store.state().gallery_version == version
             endpoint.check(late=number % 3 == 2)
+
+
+def test_a_store_that_is_put_back_is_followed(room, tmp_path):
+    """An earlier copy in the place of the file, while replicas run."""
+    home, shelf, _ = room
+    here, copy = tmp_path / "store.db", tmp_path / "copy.db"
+    shutil.copyfile(home / "store.db", here)
+    with closing(Store(f"sqlite:///{here}")) as store:
+        model, row = store.state().model, POINTS[0][-1].numpy()
+        store.enroll(BY, "x", [NewItem(row)], model)
+        store.copy_to(copy)
+        store.enroll(BY, "y", [NewItem(row)], model)
+        store.rename(BY, "a", "b2")
+        replica = Live(store, shelf)
+        for part in ("", "-wal", "-shm"):
+            Path(f"{here}{part}").unlink(missing_ok=True)
+        copy.rename(here)
+        same(replica.catch_up(), Live(store, shelf).snapshot)
+        assert set(replica.snapshot.recognizer.class_names) == {"a", "b", "c", "x"}
+        store.enroll(BY, "/a", [NewItem(row)], model)
+        same(replica.catch_up(), Live(store, shelf).snapshot)
 
 
 def test_classes_whose_ids_are_large_numbers_can_be_served(tmp_path):
