@@ -36,6 +36,7 @@ RATES = [None, 0.05, 0.2, 0.02, 0.001]
 """At 0.02 all three classes are needed to promise it; nothing can promise 0.001."""
 VERBS = [
     "enroll",
+    "enroll near-copies",
     "observe",
     "enroll observations",
     "discover",
@@ -161,6 +162,16 @@ class Endpoint:
             ids = store.enroll(BY, name, new, naive.model).result["example_ids"]
             naive.examples |= dict.fromkeys(ids, name)
             self.remember(ids, vectors, image)
+        elif verb == "enroll near-copies":
+            ids = sorted(id for id, of in naive.examples.items() if of == name)
+            examples = [naive.embedded[id, naive.model] for id in ids if (id, naive.model) in naive.embedded]
+            if not examples:
+                return
+            rows = examples[0] + np.linspace(0.001, 0.002, WIDTH * (1 + two % 3), dtype="f4").reshape(-1, WIDTH)
+            new = [NewItem(row, None, "application/x-vector") for row in rows]
+            ids = store.enroll(BY, name, new, naive.model).result["example_ids"]
+            naive.examples |= dict.fromkeys(ids, name)
+            self.remember(ids, np.roll(rows, -self.number(), axis=-1), False)
         elif verb == "observe":
             new, vectors = self.new(one, 1 + two % 8, image)
             ids = [new_id() for _ in new]
@@ -318,10 +329,13 @@ steps = st.tuples(st.sampled_from(VERBS), st.integers(0, 11), st.integers(0, 11)
 
 @given(st.lists(steps, min_size=6, max_size=14))
 @example([("enroll", 3, 5, True), ("rename", 3, 4, True)])
+@example([("rename", 0, 4, True), ("enroll", 3, 0, True)])
+@example([("observe", 4, 5, True), ("enroll", 3, 5, True), ("enroll observations", 3, 0, True)])
+@example([("enroll", 3, 2, True), ("enroll near-copies", 3, 2, True), ("remove example", 0, 0, True)])
 @example([("enroll", 3, 5, True), ("enroll", 4, 5, True), ("merge", 4, 3, True)])
 @example([("observe", 3, 7, True), ("discover", 0, 0, True), ("accept", 3, 0, True), ("rename", 3, 5, True)])
 @example([("rate", 3, 0, True), ("forget", 0, 0, True), ("enroll", 3, 5, True), ("forget", 1, 0, True)])
-@example([("forget", 0, 0, True), ("enroll", 5, 5, True)])
+@example([("forget", 0, 0, True), ("enroll", 5, 5, True), ("enroll", 0, 5, True)])
 @example([("enroll", 3, 7, True), ("enroll", 4, 7, True), *(("forget", i, 0, True) for i in range(3))])
 @example([("enroll", 3, 1, True), ("observe", 4, 5, True), ("embed again", 0, 0, True), ("model", 1, 0, True)])
 @example(
