@@ -42,6 +42,8 @@ LINKED = 8
 """Nearest items that each item is linked to; a set of more copies hangs together by its other members."""
 BLOCK = 1024
 """Items whose distances are computed at once, so that memory stays linear."""
+FEW = 200
+"""Items up to which all are compared with all without an index."""
 PAIRS = 400
 """Pairs drawn to measure a class; more would not change its width."""
 ANCHORS = 64
@@ -124,8 +126,7 @@ def new_items(embeddings: torch.Tensor, references: torch.Tensor, radius: float)
         candidates = candidates[distances[:, 0] > reach]
     if len(candidates) < 2:
         return candidates
-    nearest = _nearest(_items(embeddings[candidates]), 1)[0][:, 0]
-    crowded = torch.from_numpy(nearest) <= 2 * reach[candidates]  # twice, since another item may reach farther
+    crowded = _nearest_distance(embeddings[candidates]) <= 2 * reach[candidates]  # twice: another one may reach farther
     taken: list[int] = []
     for i in candidates[crowded].tolist():
         if not ((embeddings[taken] - embeddings[i]).norm(dim=1) <= reach[i]).any():
@@ -253,6 +254,15 @@ def _least_surprise(surprises: np.ndarray, n_tests: int) -> float:
     falling = np.sort(surprises)[::-1]
     enough = np.flatnonzero(falling >= np.log(n_tests / (CHANCE * np.arange(1, len(falling) + 1))))
     return float(falling[enough[-1]]) if len(enough) else np.inf
+
+
+def _nearest_distance(items: torch.Tensor) -> torch.Tensor:
+    """Distance `(n,)` of each item to its nearest other. Of few items without an index, which takes longer to make."""
+    if len(items) > FEW:
+        return torch.from_numpy(_nearest(_items(items), 1)[0][:, 0])
+    items = torch.from_numpy(_items(items))
+    distances = torch.cdist(items, items, compute_mode="donot_use_mm_for_euclid_dist")
+    return distances.fill_diagonal_(torch.inf).min(dim=1).values
 
 
 def _ranked(items: np.ndarray) -> np.ndarray:

@@ -86,15 +86,19 @@ class Gallery:
         """The same for canonical names that were checked when they were stored, by the rule of those days."""
         if not examples:
             return self
+        ids, of_class = {name: i for i, name in self.classes.items()}, dict(self.classes)
         grown, labels, added = self, [self.labels], [self.embeddings]
         for name, embeddings in examples.items():
-            label = {n: i for i, n in grown.classes.items()}.get(name)
-            label = grown._new_id(name) if label is None else label
-            new = new_items(embeddings, self.embeddings[self.labels == label], copy_radius)
-            labels.append(self.labels.new_full((len(new),), label))
+            references = self.embeddings[:0]
+            if name in ids:
+                references = self.embeddings[self.labels == ids[name]]
+            else:
+                ids[name] = grown._new_id(name)
+                of_class[ids[name]] = name
+                grown = replace(grown, classes=of_class, next_id=max(grown.next_id, ids[name] + 1))
+            new = new_items(embeddings, references, copy_radius)
+            labels.append(self.labels.new_full((len(new),), ids[name]))
             added.append(embeddings[new])
-            classes = {**grown.classes, label: name}
-            grown = replace(grown, classes=classes, next_id=max(grown.next_id, label + 1))
         labels, embeddings = torch.cat(labels), torch.cat(added)
         return replace(
             grown,

@@ -96,7 +96,8 @@ class Live:
             state = self._store.state()
             if state.gallery_version == now.gallery_version and state.model == now.model:
                 return now
-            if state.model == now.model:
+            # A store of a lower version is another one, which was put in the place of the one before.
+            if state.model == now.model and state.gallery_version > now.gallery_version:
                 changes = self._store.changes_since(now.gallery_version, now.model)
                 if changes.state.model == now.model:
                     self.snapshot = self._made(_taken(self._examples, changes), changes)
@@ -159,13 +160,13 @@ def assembled(
     # A class that others were merged into keeps its own id.
     ids = {name: old for old, name in names.items() if name is not None and name == gallery.classes[old]}
     merged: dict[int, list[int]] = {}
-    of_old = torch.full((max(gallery.classes) + 1,), -1)
     for old in sorted(names):
         if names[old] is not None:
-            of_old[old] = ids.setdefault(names[old], old)
-            merged.setdefault(ids[names[old]], []).append(old)
+            merged.setdefault(ids.setdefault(names[old], old), []).append(old)
     classes = {i: name for name, i in ids.items()}
-    labels = of_old[gallery.labels]
+    # By the place of each id among those that are there, since ids that a user chose may be large.
+    there, place = gallery.labels.unique(return_inverse=True)
+    labels = torch.tensor([ids.get(names[old], UNKNOWN) for old in there.tolist()])[place]
     if classes != dict(gallery.classes) or not torch.equal(labels, gallery.labels):
         kept = labels >= 0
         gallery = replace(gallery, classes=classes, labels=labels).keep(kept)
@@ -216,7 +217,7 @@ def _renamed(held: LabelledEmbeddings | None, trained: Mapping[str, str | None])
     may come again."""
     if held is None or not trained:
         return held
-    return replace(held, names=tuple((trained[n] or f"/{n}") if n in trained else n for n in held.names))
+    return replace(held, names=tuple((trained[n] or f" {n}") if n in trained else n for n in held.names))
 
 
 def learned(home: str | Path, *, database: str | None = None, factories: Sequence[str] = ()) -> OpenSetRecognizer:

@@ -9,12 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch.nn.functional import normalize
 
 from osml_plugin.cli import main
 from osml_plugin.data import write_embeddings
+
+# How long an example takes says how busy the machine is, and nothing of the code.
+settings.register_profile("osml", deadline=None)
+settings.load_profile("osml")
 
 
 @pytest.fixture(scope="session")

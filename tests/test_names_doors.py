@@ -295,20 +295,23 @@ def test_names_of_an_older_store_are_composed(url):
     engine = create_engine(url.replace("postgresql:", "postgresql+pg8000:"))
     with engine.begin() as connection:  # as 0.1.0 left it
         of = {"nfd": NFD("Käfer"), "bär": NFD("Bär"), "other": NFD("Möwe")}
-        classes = json.dumps([NFD("Bär"), NFD("Möwe"), "Möwe", "cat"])
+        two = [form("Uhu ä") for form in (NFC, NFD)], [form("Fuß ö") for form in (NFC, NFD)]
+        classes = json.dumps([NFD("Bär"), NFD("Möwe"), "Möwe", "cat", *two[0], *two[1], NFD("Wü")])
         connection.execute(text("UPDATE osml_items SET name = :nfd, nearest = :nfd"), of)
         connection.execute(text("UPDATE osml_models SET classes = :classes"), {"classes": classes})
         connection.execute(text("DELETE FROM osml_trained_classes"))
-        for name, current in ((NFD("Bär"), NFD("Grizzlybär")), (NFD("Möwe"), None)):
+        # Of two forms of a name, this one or that one was forgotten, or both; and a name of one form.
+        forgotten = NFD("Möwe"), two[0][0], *two[1], NFD("Wü")
+        for name, current in ((NFD("Bär"), NFD("Grizzlybär")), *((name, None) for name in forgotten)):
             row = {"name": name, "current": current}
             connection.execute(text("INSERT INTO osml_trained_classes VALUES (:name, :current)"), row)
         connection.execute(text("UPDATE osml_schema SET version_num = '0002'"))
     engine.dispose()
     store = Store(url)
-    assert store.classes() == {"Grizzlybär": 0, "Käfer": 1, "Möwe": 0, "cat": 0}
-    assert store.changes_since(0, MODEL).trained == {"Bär": "Grizzlybär"}
+    assert store.classes() == {"Grizzlybär": 0, "Käfer": 1, "Möwe": 0, "Uhu ä": 0, "cat": 0}
+    assert store.changes_since(0, MODEL).trained == {"Bär": "Grizzlybär", "Fuß ö": None, "Wü": None}
     assert [i.name for i in store.changes_since(0, MODEL).items] == ["Käfer"]
-    assert store.models()[0].classes == ("Bär", "Möwe", "cat")
+    assert store.models()[0].classes == ("Bär", "Möwe", "cat", "Uhu ä", "Fuß ö", "Wü")
     store.close()
 
 

@@ -8,6 +8,7 @@ import shutil
 from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,24 +16,27 @@ import torch
 from conftest import sphere_classes
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from serving import served
 
 from osml_plugin import OpenSetRecognizer, OsmlError
 from osml_plugin.gallery import Gallery
 from osml_plugin.known_items import LabelledEmbeddings
 from osml_plugin.serve.live import Live
 from osml_plugin.serve.service import change_model
+from osml_plugin.serve.settings import ServeConfig
 from osml_plugin.serve.shelf import Shelf
 from osml_plugin.serve.store import Group, NewItem, Observation, StaleModel, Store, Write, new_id
 from osml_plugin.thresholds.ranks import enough, quantile
 
 BY = Write("ann")
 WIDTH = 8
-NAMES = ["a", "b", "c", "x", "y", "z"]
+NAMES = ["a", "b", "c", "x", "y", "/a"]
 """The first three are classes of the bundles; any of them may be enrolled, or given as a new name."""
 RATES = [None, 0.05, 0.2, 0.02, 0.001]
 """At 0.02 all three classes are needed to promise it; nothing can promise 0.001."""
 VERBS = [
     "enroll",
+    "enroll near-copies",
     "observe",
     "enroll observations",
     "discover",
@@ -113,7 +117,7 @@ class Naive:
         kept = np.array([name is not None for name in held])
         made.calibration = LabelledEmbeddings(base.calibration.embeddings[kept], tuple(n for n in held if n))
         # Classes that are forgotten play the unknown, each by itself, when few examples are rehearsed.
-        others = tuple(self.trained.get(name, name) or f"/{name}" for name in base.validation.names)
+        others = tuple(self.trained.get(name, name) or f"\n{name}" for name in base.validation.names)
         made.validation = LabelledEmbeddings(base.validation.embeddings, others)
         all_of_it = len(base.calibration.names)
         alpha = self.alpha if self.alpha is not None and enough(all_of_it, self.alpha) else base.alpha
@@ -158,6 +162,16 @@ class Endpoint:
             ids = store.enroll(BY, name, new, naive.model).result["example_ids"]
             naive.examples |= dict.fromkeys(ids, name)
             self.remember(ids, vectors, image)
+        elif verb == "enroll near-copies":
+            ids = sorted(id for id, of in naive.examples.items() if of == name)
+            examples = [naive.embedded[id, naive.model] for id in ids if (id, naive.model) in naive.embedded]
+            if not examples:
+                return
+            rows = examples[0] + np.linspace(0.001, 0.002, WIDTH * (1 + two % 3), dtype="f4").reshape(-1, WIDTH)
+            new = [NewItem(row, None, "application/x-vector") for row in rows]
+            ids = store.enroll(BY, name, new, naive.model).result["example_ids"]
+            naive.examples |= dict.fromkeys(ids, name)
+            self.remember(ids, np.roll(rows, -self.number(), axis=-1), False)
         elif verb == "observe":
             new, vectors = self.new(one, 1 + two % 8, image)
             ids = [new_id() for _ in new]
@@ -315,9 +329,13 @@ steps = st.tuples(st.sampled_from(VERBS), st.integers(0, 11), st.integers(0, 11)
 
 @given(st.lists(steps, min_size=6, max_size=14))
 @example([("enroll", 3, 5, True), ("rename", 3, 4, True)])
+@example([("rename", 0, 4, True), ("enroll", 3, 0, True)])
+@example([("observe", 4, 5, True), ("enroll", 3, 5, True), ("enroll observations", 3, 0, True)])
+@example([("enroll", 3, 2, True), ("enroll near-copies", 3, 2, True), ("remove example", 0, 0, True)])
 @example([("enroll", 3, 5, True), ("enroll", 4, 5, True), ("merge", 4, 3, True)])
 @example([("observe", 3, 7, True), ("discover", 0, 0, True), ("accept", 3, 0, True), ("rename", 3, 5, True)])
 @example([("rate", 3, 0, True), ("forget", 0, 0, True), ("enroll", 3, 5, True), ("forget", 1, 0, True)])
+@example([("forget", 0, 0, True), ("enroll", 5, 5, True), ("enroll", 0, 5, True)])
 @example([("enroll", 3, 7, True), ("enroll", 4, 7, True), *(("forget", i, 0, True) for i in range(3))])
 @example([("enroll", 3, 1, True), ("observe", 4, 5, True), ("embed again", 0, 0, True), ("model", 1, 0, True)])
 @example(
@@ -342,3 +360,36 @@ def test_after_every_write_all_replicas_are_the_same_and_are_what_was_written(ro
             except (OsmlError, StaleModel):
                 assert store.state().gallery_version == version
             endpoint.check(late=number % 3 == 2)
+
+
+def test_a_store_that_is_put_back_is_followed(room, tmp_path):
+    """An earlier copy in the place of the file, while replicas run."""
+    home, shelf, _ = room
+    here, copy = tmp_path / "store.db", tmp_path / "copy.db"
+    shutil.copyfile(home / "store.db", here)
+    with closing(Store(f"sqlite:///{here}")) as store:
+        model, row = store.state().model, POINTS[0][-1].numpy()
+        store.enroll(BY, "x", [NewItem(row)], model)
+        store.copy_to(copy)
+        store.enroll(BY, "y", [NewItem(row)], model)
+        store.rename(BY, "a", "b2")
+        replica = Live(store, shelf)
+        for part in ("", "-wal", "-shm"):
+            Path(f"{here}{part}").unlink(missing_ok=True)
+        copy.rename(here)
+        same(replica.catch_up(), Live(store, shelf).snapshot)
+        assert set(replica.snapshot.recognizer.class_names) == {"a", "b", "c", "x"}
+        store.enroll(BY, "/a", [NewItem(row)], model)
+        same(replica.catch_up(), Live(store, shelf).snapshot)
+
+
+def test_classes_whose_ids_are_large_numbers_can_be_served(tmp_path):
+    """Article numbers, say, which stay the ids of their classes."""
+    points, labels, _ = sphere_classes(n_classes=4, per_class=30, width=WIDTH, spread=0.12)
+    ids = np.array([7, 8, 2**31 - 1, 4006381333931])[labels.numpy()]
+    OpenSetRecognizer().fit(points, ids).save(tmp_path / "bundle")
+    with served(ServeConfig(model=str(tmp_path / "bundle"), home=tmp_path / "home"), jobs=False) as (_, client):
+        client.merge("7", "4006381333931")
+        client.forget("8")
+        found = {c.name: c.trained for c in client.classes().classes}
+        assert found.keys() == {"2147483647", "4006381333931"} and found["4006381333931"] > found["2147483647"]

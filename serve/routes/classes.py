@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, HTTPException, Request
@@ -53,9 +54,7 @@ def classes(service: Served):
     """All classes that are known now."""
     snapshot = service.live.snapshot
     gallery = snapshot.recognizer.gallery
-    size = max(gallery.classes) + 1
-    enrolled = gallery.labels[gallery.enrolled].bincount(minlength=size).tolist()
-    in_all = gallery.labels.bincount(minlength=size).tolist()
+    enrolled, in_all = Counter(gallery.labels[gallery.enrolled].tolist()), Counter(gallery.labels.tolist())
     rows = [
         {"name": name, "trained": in_all[i] - enrolled[i], "enrolled": enrolled[i]}
         for i, name in sorted(gallery.classes.items(), key=lambda c: c[1])

@@ -36,12 +36,17 @@ def _compose(connection: sa.Connection, table: sa.TableClause, column: str) -> N
 def _compose_trained(connection: sa.Connection, bundles: list[set[str]]) -> None:
     """What became of a class of the bundles. Of one that was two, for it has two forms of one name, counts what became
     of the composed form, or of the other where that one was forgotten: nothing is forgotten that was not."""
-    rows = dict(connection.execute(sa.select(trained.c.name, trained.c.current)).all())
-    for name in [name for name in rows if name != canonical(name)]:
-        current, composed = rows.pop(name), canonical(name)
+    before = dict(connection.execute(sa.select(trained.c.name, trained.c.current)).all())
+    rows = {name: current for name, current in before.items() if name == canonical(name)}
+    for name, current in before.items():
+        composed = canonical(name)
         both = any({name, composed} <= classes for classes in bundles)
-        if rows.get(composed) is None and (composed in rows or not both):
+        if name != composed and rows.get(composed) is None and (composed in rows or not both):
             rows[composed] = current
+    for other in set().union(*bundles) - before.keys():  # forms that are as they were
+        composed = canonical(other)
+        if other != composed and rows.get(composed, other) is None and any({other, composed} <= c for c in bundles):
+            del rows[composed]
     connection.execute(sa.delete(trained))
     if rows:
         connection.execute(sa.insert(trained), [{"name": name, "current": now} for name, now in rows.items()])
