@@ -129,9 +129,9 @@ def test_keys_are_made_listed_and_revoked(tmp_path):
     plain = made.stdout.strip()
     assert osml("keys", "add", "lab", "--scope", "admin", cwd=tmp_path).returncode == 2
     listed = osml("keys", "list", cwd=tmp_path)
-    assert "lab" in listed.stdout and plain.rsplit("_", 1)[1] not in listed.stdout
+    assert "lab" in listed.stdout and plain.split("_", 2)[2] not in listed.stdout
     stored = (tmp_path / "osml-serve" / "store.db").read_bytes()
-    assert plain.rsplit("_", 1)[1].encode() not in stored
+    assert plain.split("_", 2)[2].encode() not in stored
     unknown = osml("keys", "revoke", "x", cwd=tmp_path)
     assert unknown.returncode == 2 and "no key 'x'" in unknown.stderr and "lab" in unknown.stderr
     assert osml("keys", "revoke", "lab", cwd=tmp_path).returncode == 0
