@@ -15,6 +15,8 @@ import psutil
 
 RECORD = "running.json"
 """In the home of a running server: its room, whose name no other server's has."""
+MARK = "OSML_SERVE_ROOM"
+"""Environment variable that all processes of a server inherit: its room."""
 PATIENCE = 10.0
 """Seconds for processes to end."""
 
@@ -33,8 +35,8 @@ def recorded(home: Path, room: Path) -> Iterator[None]:
 def clear(home: Path) -> list[str]:
     """End what the server before left behind in this home, if it was killed, and nothing else; the processes, in words.
 
-    Ended is who runs a program or a configuration that lies in that server's room, which is a folder that was made for
-    it alone under a random name. Nobody may be serving from this home now.
+    Ended is who was started by that server (`MARK`) and runs a program or a configuration that lies in its room, which
+    is a folder that was made for it alone under a random name. Nobody may be serving from this home now.
     """
     record = home / RECORD
     try:
@@ -74,13 +76,15 @@ def shown(process: psutil.Process) -> str:
 
 
 def _of_room(room: Path) -> Iterator[psutil.Process]:
-    """Processes of this user whose command line names a file in the room."""
+    """Processes of this user that the room's server started, and whose command line names a file in the room: who only
+    looks at such a file, in another terminal, is neither."""
     if not _is_room(room):
         return
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             mine = process.pid != os.getpid() and process.uids().real == os.getuid()
-            if mine and any(f"{room}/" in word for word in process.cmdline()):
+            in_room = mine and any(f"{room}/" in word for word in process.cmdline())
+            if in_room and process.environ().get(MARK) == str(room):
                 yield process
 
 

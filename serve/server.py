@@ -224,7 +224,7 @@ def _free_port(host: str, port: int) -> int:
 
 def _environment(config: ServeConfig, room: Path) -> dict[str, str]:
     # Ray's own metrics would listen on every interface; the endpoint has its own.
-    values = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0"}
+    values = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0", leftovers.MARK: str(room)}
     if config.proxy == "haproxy":
         # Each server has ports and files of its own: by default all on a machine share them.
         ports = [str(_free_port("127.0.0.1", 0)) for _ in range(3)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -18,9 +19,11 @@ LISTEN = "import socket, sys; s = socket.socket(); s.bind(('127.0.0.1', 0)); s.l
 
 
 @contextmanager
-def listening(*words: str):
-    """A process with these words in its command line, and the port that it holds."""
-    process = subprocess.Popen([sys.executable, "-c", LISTEN, *words], stdout=subprocess.PIPE, text=True)
+def listening(*words: str, room=None):
+    """A process with these words in its command line, and the port that it holds; started by the server of `room`."""
+    environment = os.environ | ({leftovers.MARK: str(room)} if room else {})
+    command = [sys.executable, "-c", LISTEN, *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:
         yield process, int(process.stdout.readline())
     finally:
@@ -45,7 +48,8 @@ def test_what_runs_in_the_room_of_a_killed_server_is_ended_and_nothing_else(room
 
     (tmp_path / leftovers.RECORD).write_text(record)
     with (
-        listening("-f", f"{room}/haproxy.cfg") as (mine, port),
+        listening("-f", f"{room}/haproxy.cfg", room=room) as (mine, port),
+        listening("-f", f"{room}/haproxy.cfg") as (reader, _),
         listening("-f", f"{room}x/haproxy.cfg") as (neighbor, _),
         listening("-f", str(room.parent)) as (other, _),
     ):
@@ -53,7 +57,7 @@ def test_what_runs_in_the_room_of_a_killed_server_is_ended_and_nothing_else(room
             _free_port("127.0.0.1", port)
         (ended,) = leftovers.clear(tmp_path)
         assert f"process {mine.pid} (" in ended and mine.poll() is not None
-        assert neighbor.poll() is None and other.poll() is None
+        assert neighbor.poll() is None and other.poll() is None and reader.poll() is None
         assert _free_port("127.0.0.1", port) == port
     assert not room.exists() and not (tmp_path / leftovers.RECORD).exists()
 
@@ -66,7 +70,8 @@ def test_a_damaged_record_ends_nothing(tmp_path, record):
     (tmp_path / "precious").mkdir()
     text = record.replace("HERE", str(tmp_path / "precious"))
     (tmp_path / leftovers.RECORD).write_text(text)
-    with listening(f"{json.loads(text)['room']}/x" if "/" in text else "x") as (process, _):
+    named = json.loads(text)["room"] if "/" in text else "x"
+    with listening(f"{named}/x", room=named) as (process, _):
         assert leftovers.clear(tmp_path) == []
         assert process.poll() is None
     assert (tmp_path / "precious").exists()
