@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -81,10 +82,14 @@ def _errors(app: FastAPI) -> None:
     @app.exception_handler(StarletteHTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
         headers, path = error.headers, getattr(request.scope.get("route"), "path_format", None)
-        if error.status_code == 405 and path in app.openapi()["paths"]:
+        if error.status_code == 405 and error.detail == METHOD_NOT_ALLOWED and path in app.openapi()["paths"]:
             # Starlette names the methods of the first route with this path alone.
             headers = {"Allow": ", ".join(method.upper() for method in app.openapi()["paths"][path])}
         return JSONResponse({"detail": str(error.detail)}, error.status_code, headers)
+
+
+METHOD_NOT_ALLOWED = HTTPStatus.METHOD_NOT_ALLOWED.phrase
+"""Detail of Starlette's own refusal; ours say more."""
 
 
 class Measured:

@@ -390,3 +390,9 @@ def test_the_body_of_a_class_that_is_called_examples_is_no_upload(endpoint):
 def test_an_address_with_a_wrong_method_names_the_right_ones(endpoint):
     answer = endpoint._http.get("/v1/classes/birds/robin")
     assert answer.status_code == 405 and answer.headers["Allow"] == "PATCH, DELETE"
+    for path, allowed in (("examples", "GET, POST"), (f"examples/{'0' * 32}", "DELETE"), ("merge", "POST")):
+        answer = endpoint._http.patch(f"/v1/classes/nobody/{path}", json={"name": "b"})
+        assert answer.status_code == 405 and answer.headers["Allow"] == allowed
+    assert endpoint._http.delete("/v1/classes/nobody/merge").status_code == 405
+    endpoint.enroll("its/examples", embeddings=np.eye(20)[:1])
+    assert endpoint.rename("its/examples", "its/merge").name == endpoint.forget("its/merge").name == "its/merge"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, HTTPException, Request
 from starlette.convertors import StringConvertor, register_url_convertor
+
+from osml_plugin.names import canonical, shown
 
 from ..schemas import Changed, Classes, ClassName, CurrentName, Examples, ExamplesOf, Into, ItemId, NewName
 from ..service import fingerprint
@@ -47,6 +50,23 @@ class _Id(StringConvertor):
 register_url_convertor("name", _Name())
 register_url_convertor("id", _Id())
 Enroller = Annotated[Write, Depends(writer_with("enroll"))]
+
+_OTHER_ADDRESSES = re.compile(r"(?s).+/(?:(?P<examples>examples)|(?P<item>examples/[0-9a-f]{32})|(?P<merge>merge))")
+_ALLOWED = {"examples": "GET, POST", "item": "DELETE", "merge": "POST"}
+
+
+def class_address(request: Request, service: Served, _: Enroller) -> None:
+    """405 for a method that another address of a class does not take, unless a class is called like that address."""
+    name = canonical(request.path_params["name"])
+    other = _OTHER_ADDRESSES.fullmatch(name)
+    if other and name not in service.live.snapshot.recognizer.class_names:
+        headers = {"Allow": _ALLOWED[other.lastgroup]}
+        raise HTTPException(
+            405, f"no class is called {shown(name)}, and this address takes {headers['Allow']}", headers
+        )
+
+
+of_class = [Depends(class_address)]
 
 
 @router.get("", response_model=Classes, responses=PROBLEMS, dependencies=[Depends(actor_with("recognize"))])
@@ -109,19 +129,19 @@ def remove_example(service: Served, name: CurrentName, item: ItemId, by: Enrolle
     return changed(*service.write(service.store.remove_example, by, name, item))
 
 
-@router.patch("/{name:name}", response_model=Changed, responses=WRITE_PROBLEMS | NOT_FOUND)
-def rename(service: Served, name: CurrentName, new: NewName, by: Enroller):
-    """Give a class another name."""
-    return changed(*service.write(service.store.rename, by, name, new.name))
-
-
 @router.post("/{name:name}/merge", response_model=Changed, responses=WRITE_PROBLEMS | NOT_FOUND)
 def merge(service: Served, name: CurrentName, into: Into, by: Enroller):
     """Make a class part of another one."""
     return changed(*service.write(service.store.merge, by, name, into.into))
 
 
-@router.delete("/{name:name}", response_model=Changed, responses=WRITE_PROBLEMS | NOT_FOUND)
+@router.patch("/{name:name}", response_model=Changed, responses=WRITE_PROBLEMS | NOT_FOUND, dependencies=of_class)
+def rename(service: Served, name: CurrentName, new: NewName, by: Enroller):
+    """Give a class another name."""
+    return changed(*service.write(service.store.rename, by, name, new.name))
+
+
+@router.delete("/{name:name}", response_model=Changed, responses=WRITE_PROBLEMS | NOT_FOUND, dependencies=of_class)
 def forget(service: Served, name: CurrentName, by: Enroller):
     """Drop a class and all its examples; what belongs to it is unknown from now on."""
     return changed(*service.write(service.store.forget, by, name))
