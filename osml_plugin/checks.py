@@ -33,7 +33,7 @@ def check_embeddings(values: ArrayLike, what: str = "embeddings") -> Tensor:
 
 
 def check_rows(values: ArrayLike, what: str, *, whole: bool = False) -> Tensor:
-    """The same in the precision in which they are; `whole` takes integers, too."""
+    """Check embeddings in the precision in which they are; `whole` takes integers, too."""
     given = _as_tensor(values, what)
     if given.ndim != 2 or given.shape[1] == 0:
         raise OsmlError(f"{what} must be of shape (items, width); got {tuple(given.shape)}")
@@ -46,7 +46,7 @@ def check_rows(values: ArrayLike, what: str, *, whole: bool = False) -> Tensor:
 
 
 def check_references(values: ArrayLike, what: str = "embeddings") -> Tensor:
-    """The same of embeddings to fit on. Raises OsmlError, too, where all numbers are below `SMALLEST`, but not zero."""
+    """Check embeddings to fit on. Raises OsmlError, too, where all numbers are below `SMALLEST`, but not zero."""
     given = check_rows(values, what)
     largest = float(torch.stack(given.aminmax()).abs().max()) if given.numel() else 0.0
     if 0 < largest < SMALLEST:

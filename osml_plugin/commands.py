@@ -129,7 +129,7 @@ class DiscoverResult:
     """Whether there was an earlier run."""
     metrics: DiscoveryMetrics | None
     rendering: Rendering = ON_WHITE
-    """How the recognizer sees image files."""
+    """Rule by which the recognizer sees image files."""
 
     @property
     def ids(self) -> list[int]:

@@ -221,7 +221,7 @@ def _gaps(
 def _far_gap(
     items: np.ndarray, members: np.ndarray, crowded: np.ndarray, dimension: float, width: float
 ) -> np.ndarray | float:
-    """The same for items with more than `RANKS` near-copies: some of them are compared with all of the class."""
+    """Reach `(n,)` of items with more than `RANKS` near-copies: some are compared with all of their class."""
     anchors = crowded if len(crowded) <= ANCHORS else np.random.default_rng(0).permutation(crowded)[:ANCHORS]
     profile = np.stack([np.sort(_distances(items, np.full(len(members), i), members))[1:] for i in anchors])
     found = _last(profile, _surprises(profile, dimension, NEAR * width) >= np.log(len(items) / CHANCE))

@@ -41,7 +41,7 @@ class Evaluation:
     groups: Discovery | None
     """Of the items of unknown classes, in their order."""
     rendering: Rendering = ON_WHITE
-    """How the recognizer sees image files."""
+    """Rule by which the recognizer sees image files."""
 
     def to_dict(self) -> dict[str, Any]:
         """The object that `osml evaluate --json` prints."""

@@ -83,7 +83,7 @@ class Gallery:
         return self.restored(named, copy_radius)
 
     def restored(self, examples: Mapping[str, Tensor], copy_radius: float = 0.0) -> Gallery:
-        """The same for canonical names that were checked when they were stored, by the rule of those days."""
+        """Add examples of canonical names that were checked when they were stored, by the rule of those days."""
         if not examples:
             return self
         ids, of_class = {name: i for i, name in self.classes.items()}, dict(self.classes)

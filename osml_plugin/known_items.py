@@ -16,7 +16,7 @@ from .errors import OsmlError
 logger = logging.getLogger(__name__)
 
 ASIDE = 5
-"""One item in so many is set aside for calibration where no calibration items are given."""
+"""One item in this many is set aside for calibration where no calibration items are given."""
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def class_names(texts: Iterable[str]) -> tuple[str, ...]:
 
 
 def item_labels(texts: Iterable[str]) -> tuple[str, ...]:
-    """The same for labels of items, which may be of unknown classes: '-1', 'unknown'."""
+    """Check labels of items, which may be of unknown classes: '-1', 'unknown'."""
     return _all(texts, _label)
 
 

@@ -9,8 +9,8 @@ import numpy as np
 from tqdm import tqdm
 
 COMPARED = 10_000
-"""The most nodes that a node is compared with, but for uneven cells: this keeps the search linear. Up to so many nodes
-in all it is exact."""
+"""The most nodes that a node is compared with, but for uneven cells: this keeps the search linear. Up to this many
+nodes in all it is exact."""
 RECALL = 0.97
 """The share of the nearest neighbours that the cells visited must hold, on trial nodes, where `COMPARED` allows it."""
 N_TRIALS = 128

@@ -90,7 +90,7 @@ class SeenItems:
         return len(self.radii)
 
     def holds(self, signatures: np.ndarray) -> np.ndarray:
-        """Whether each item `(N, S)` is one of these, bool `(N,)`. False for signatures of another width."""
+        """Mark the items `(N, S)` that are one of these, bool `(N,)`. False for signatures of another width."""
         if not len(self) or not len(signatures) or signatures.shape[1] != self.signatures.shape[1]:
             return np.zeros(len(signatures), dtype=bool)
         references = torch.from_numpy(np.ascontiguousarray(self.signatures, dtype=np.float32))

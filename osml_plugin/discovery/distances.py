@@ -24,7 +24,7 @@ CHANCE = 1e-3
 NORMAL = 0.05
 """The share of known items in such sets above which they are no sign of copies."""
 NARROWER = 0.9
-"""How wide a set of near-copies may be, in widths of the narrowest known class."""
+"""Greatest width of a set of near-copies, in widths of the narrowest known class."""
 
 
 @dataclass(frozen=True)
